@@ -1,0 +1,61 @@
+# Every target makes the virtual environment first if there is none. Windows: through WSL.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DEMO   := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help install demo test export-check lint nbdev-test nbval unit wheel lab refresh clean
+
+help:
+	@echo "make demo     train the tiny model on all of Fashion-MNIST (minutes on two cores), leave pictures"
+	@echo "make test     everything that must hold: export, lint, notebooks, unit tests"
+	@echo "make lab      open the course in JupyterLab"
+	@echo "make wheel    build the package and try it in a clean environment"
+	@echo "make refresh  run the notebooks as a reader does and store their outputs"
+	@echo "make clean    remove the virtual environment and what was built (outputs/ and data/ stay)"
+
+$(VENV)/installed: settings.ini setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	$(BIN)/ddpm_train --config tiny --no-wandb --output_dir $(DEMO)
+	$(BIN)/ddpm_sample --checkpoint $(DEMO)/checkpoints/best_model.pth --mode class_grid
+	$(BIN)/ddpm_sample --checkpoint $(DEMO)/checkpoints/best_model.pth --mode progressive --num_samples 10
+	@echo "Your clothes: $(DEMO)/samples/class_grid.png, and their way out of the noise: $(DEMO)/samples/progressive.png"
+
+test: export-check lint nbdev-test nbval unit
+
+export-check: install
+	$(BIN)/python tools/check_export.py
+	$(BIN)/python tools/readme.py --check
+
+lint: install
+	$(BIN)/ruff check ddpm_tutorial tests tools nbs
+
+nbdev-test: install
+	$(BIN)/nbdev_test
+
+nbval: install
+	DDPM_TINY=1 $(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 nbs
+
+unit: install
+	$(BIN)/pytest -q tests
+
+wheel: install
+	rm -rf dist
+	$(BIN)/python -m build --quiet --wheel
+	$(BIN)/python tools/try_wheel.py dist/*.whl
+
+lab: install
+	$(BIN)/jupyter lab nbs/00_idea.ipynb
+
+refresh: install
+	$(BIN)/python tools/refresh.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache .ruff_cache

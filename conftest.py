@@ -1,0 +1,16 @@
+"What pytest with nbval must know about nbdev's notebooks: cells that are not to be run, and outputs without execution counts."
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+config = ConfigParser(delimiters=["="])
+config.read(Path(__file__).parent/"settings.ini", encoding="utf-8")
+flags = "|".join(config["DEFAULT"]["tst_flags"].split())
+not_run = re.compile(rf"^\s*#\s*\|\s*(eval:\s*false|{flags})\s*$", re.M | re.I)
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        cell = getattr(item, "cell", None)
+        if cell is None: continue # an ordinary test
+        if not_run.search(cell.source): item.options["skip"] = True
+        if cell.get("outputs") and cell.get("execution_count") is None: cell["execution_count"] = 1 # nbdev_clean removed it; nbval wants one

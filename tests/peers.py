@@ -1,0 +1,95 @@
+"""diffusers, another implementation of the same papers, set up to do what ours does."""
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import nn
+
+from ddpm_tutorial.unet import Stage, UNet
+
+import reference
+
+
+def randomised(model, seed=0):
+    "Random numbers in every parameter: where layers start with zeros, any two networks agree, and nothing is compared."
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 4      # vectors (biases, norms): standard deviation 0.5
+        nn.init.normal_(parameter, std=fan_in**-0.5, generator=generator)
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding): nn.init.normal_(layer.weight, generator=generator)   # a row, not a sum over rows
+    return model.eval().requires_grad_(False)
+
+
+def double(ours):
+    "Our U-Net in float64. The waves of the time embedding are float32 by design (in diffusers as well); they are cast."
+    ours.time_embedding.linear_1.register_forward_pre_hook(lambda layer, inputs: (inputs[0].double(),))
+    return ours.double()
+
+
+def diffusers_scheduler(schedule, T, exact=False, **settings):
+    "Its betas are float32; `exact` replaces its table of cumulative products by a float64 one, and leaves the formulas alone."
+    theirs = DDPMScheduler(T, beta_start=1e-4*1000/T, beta_end=0.02*1000/T, clip_sample=False,
+                           beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule], **settings)
+    if exact:
+        betas = torch.tensor(reference.betas(schedule, T), dtype=torch.float64)
+        theirs.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    return theirs
+
+
+def diffusers_unet(ours: UNet) -> UNet2DModel:
+    "A U-Net of diffusers with the settings and the weights of ours. It has no feed-forward, no patches and no odd sizes."
+    config = ours.config
+    assert not config.feed_forward and config.attention == "self"
+    attends = [size in config.attention_resolutions for size in config.resolutions]
+    channels = config.in_channels * config.patch_size**2
+    theirs = UNet2DModel(
+        sample_size=config.resolutions[0], in_channels=channels, out_channels=channels,
+        block_out_channels=[config.base_channels*m for m in config.channel_multipliers],
+        down_block_types=["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        up_block_types=["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        layers_per_block=config.num_res_blocks, downsample_padding=1, attention_head_dim=config.head_dim,
+        norm_num_groups=config.num_groups, attn_norm_num_groups=config.num_groups, norm_eps=1e-5,
+        resnet_time_scale_shift="scale_shift", flip_sin_to_cos=True, freq_shift=0,      # cosines first, frequencies as ours
+        num_class_embeds=config.num_classes + 1 if config.num_classes else None)        # and the null label
+    for parameter in theirs.parameters(): nn.init.constant_(parameter, torch.nan)       # one that is forgotten shows
+    for mine, its in same_layers(ours, theirs): its.load_state_dict(mine if isinstance(mine, dict) else mine.state_dict())
+    return theirs.eval().requires_grad_(False)
+
+
+def same_layers(ours, theirs):
+    "Pairs of layers (or of a state of ours and a layer of theirs) that do the same."
+    yield ours.time_embedding.linear_1, theirs.time_embedding.linear_1
+    yield ours.time_embedding.linear_2, theirs.time_embedding.linear_2
+    if ours.class_embedding is not None: yield ours.class_embedding, theirs.class_embedding
+    yield ours.conv_in, theirs.conv_in
+    yield from same_steps(ours.down, [step for block in theirs.down_blocks for step in steps(block, block.downsamplers)])
+    yield from same_steps(ours.middle, [(theirs.mid_block.resnets[0], theirs.mid_block.attentions[0]), (theirs.mid_block.resnets[1], None)])
+    yield from same_steps(ours.up, [step for block in theirs.up_blocks for step in steps(block, block.upsamplers)])
+    yield ours.norm_out, theirs.conv_norm_out
+    yield ours.conv_out, theirs.conv_out
+
+
+def steps(block, resizers):
+    "What a block of theirs does, one after the other: (residual block, attention or None) ..., and perhaps a change of size."
+    attentions = getattr(block, "attentions", [None]*len(block.resnets))
+    return [*zip(block.resnets, attentions, strict=True), *(resizer.conv for resizer in resizers or [])]
+
+
+def same_steps(mine, its):
+    "Pairs of layers in two sequences of stages and changes of size."
+    for one, other in zip(mine, its, strict=True):
+        if not isinstance(one, Stage):
+            yield one, other
+            continue
+        (block, attention), (resnet, attn) = (one.block, one.attention), other
+        yield block.norm_1, resnet.norm1
+        yield block.conv_1, resnet.conv1
+        yield block.norm_2.proj, resnet.time_emb_proj
+        yield block.norm_2.norm, resnet.norm2
+        yield block.conv_2, resnet.conv2
+        if not isinstance(block.shortcut, nn.Identity): yield block.shortcut, resnet.conv_shortcut
+        if attn is None: continue
+        yield attention.norm, attn.group_norm
+        yield attention.attention.to_out, attn.to_out[0]
+        qkv = attention.attention.to_qkv
+        for layer, weight, bias in zip((attn.to_q, attn.to_k, attn.to_v), qkv.weight.chunk(3), qkv.bias.chunk(3)):
+            yield {"weight": weight, "bias": bias}, layer

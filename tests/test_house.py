@@ -1,0 +1,111 @@
+"""The house rules: who may import from whom, one place for each symbol, short modules, light imports. Nothing is run, all is read."""
+import ast
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import ddpm_tutorial
+
+PACKAGE = Path(ddpm_tutorial.__file__).parent
+NOTEBOOKS = PACKAGE.parent/"nbs"
+MODULES = sorted(path for path in PACKAGE.glob("*.py") if not path.name.startswith("_"))
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+
+
+def lesson_numbers():
+    "Module name to the number of the lesson that exports it. Lessons that are not written yet have none."
+    numbers = {}
+    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            found = re.search(r"^#\s*\|\s*default_exp\s+(\w+)", "".join(cell["source"]), re.MULTILINE)
+            if cell["cell_type"] == "code" and found: numbers[found[1]] = int(re.match(r"\d+", path.name)[0])
+    return numbers
+
+
+def imports(path):
+    "(dotted name, line, whether inside a function) of everything that a module imports. Relative names are made absolute."
+    def visit(node, inside):
+        if isinstance(node, ast.Import): yield from ((alias.name, node.lineno, inside) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [PACKAGE.name if node.level else "", node.module]))
+            yield from ((f"{base}.{alias.name}", node.lineno, inside) for alias in node.names)
+        inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node): yield from visit(child, inside)
+    return list(visit(ast.parse(path.read_text(encoding="utf-8")), False))
+
+
+def definitions(path):
+    "(name, place) of every public symbol that a module defines; the place is the notebook and cell that nbdev wrote above it."
+    text = path.read_text(encoding="utf-8")
+    cells = [(number, line[5:]) for number, line in enumerate(text.splitlines(), 1) if re.match(r"# %% .*\.ipynb", line)]
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): names = [node.name]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+        else: names = []
+        above = [place for number, place in cells if number < node.lineno]
+        yield from ((name, above[-1] if above else f"{path.name} line {node.lineno}") for name in names if not name.startswith("_"))
+
+
+def test_there_is_something_to_read():
+    "The rules below are not kept merely because nothing was found."
+    assert {"data", "attention", "unet", "training"} <= lesson_numbers().keys() and len(MODULES) >= 7
+    assert len(set(lesson_numbers().values())) == len(lesson_numbers())
+
+
+@each_module
+def test_no_import_points_upward(module):
+    "A lesson builds on lower numbers only."
+    numbers, wrong = lesson_numbers(), []
+    if module.stem not in numbers: pytest.skip(f"no notebook exports {module.stem} yet")
+    for name, line, _ in imports(module):
+        parts = name.split(".")
+        other = parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 else None
+        if other in numbers and numbers[other] >= numbers[module.stem]:
+            wrong.append(f"{module.name} line {line}: lesson {numbers[module.stem]:02} imports from {other}, lesson {numbers[other]:02}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_symbol_is_exported_twice():
+    "Each has one home."
+    places = defaultdict(list)
+    for module in MODULES:
+        for name, place in definitions(module): places[name].append(place)
+    twice = [f"{name}: {' and '.join(found)}" for name, found in places.items() if len(found) > 1]
+    assert not twice, "\n".join(twice)
+
+
+@each_module
+def test_modules_are_short(module):
+    "280 lines at most."
+    assert len(module.read_text(encoding="utf-8").splitlines()) <= 280
+
+
+@each_module
+def test_wandb_is_imported_in_tracking_only(module):
+    "And there only inside a function: `--no-wandb` does not even import it."
+    wrong = [line for name, line, inside in imports(module) if name.split(".")[0] == "wandb" and not (module.stem == "tracking" and inside)]
+    assert not wrong, f"{module.name} imports wandb in lines {wrong}"
+
+
+@each_module
+def test_matplotlib_is_not_imported_at_the_top(module):
+    "A run on a server needs no drawing library; a function that draws imports it."
+    wrong = [line for name, line, inside in imports(module) if name.split(".")[0] == "matplotlib" and not inside]
+    assert not wrong, f"{module.name} imports matplotlib at the top, in lines {wrong}"
+
+
+def test_links_lead_somewhere():
+    "Every relative link and picture in the lessons and in the README names a file that is there."
+    def broken(path, text):
+        links = re.findall(r"\]\(((?!https?:|#)[^)#]+)", text)
+        return [f"{path.name}: {link}" for link in links if not (path.parent/link).exists()]
+    wrong = broken(NOTEBOOKS.parent/"README.md", (NOTEBOOKS.parent/"README.md").read_text(encoding="utf-8"))
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown": wrong += broken(path, "".join(cell["source"]))
+    assert not wrong, "\n".join(wrong)

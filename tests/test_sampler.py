@@ -1,0 +1,171 @@
+"""Sampling: against an exact recursion where the best denoiser is known, and what guidance does with labels."""
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import reference
+from ddpm_tutorial.sampler import METHODS, ddpm_steps, guided, sample
+from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
+from ddpm_tutorial.unet import UNet, UNetConfig
+from peers import randomised
+
+MEAN, STD = 1.5, 0.5                # of the pixels to be drawn: outside of [-1, 1] on purpose
+SHAPE = (4, 1, 8, 8)
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def seeded(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def small_unet(num_classes=10):
+    return randomised(UNet(UNetConfig(image_size=8, num_classes=num_classes, base_channels=8, channel_multipliers=(1, 1),
+                                      attention_resolutions=(), head_dim=8, num_groups=4)))
+
+
+class Recorder:
+    "A model that writes down with how many images, and with which labels, it was called."
+    def __init__(self, model): self.model, self.calls = model, []
+
+    def __call__(self, x, t, labels=None):
+        assert len(x) == len(t) and (labels is None or len(labels) == len(x))
+        self.calls.append(None if labels is None else labels.tolist())
+        return self.model(x, t, labels)
+
+
+@pytest.mark.parametrize("n", [100, 8])
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_moments_of_the_samples(schedule, prediction_type, variance_type, n):
+    "Mean and variance of 16,384 pixels after every step, within 5 standard errors of the exact recursion."
+    scheduler = SchedulerConfig(schedule, 100, prediction_type, variance_type).build()
+    betas = reference.betas(schedule, 100)
+    model = reference.gaussian_denoiser(betas, prediction_type, MEAN, STD)
+    expected = reference.ancestral_moments(betas, scheduler.timesteps(n), variance_type, MEAN, STD)
+    steps = ddpm_steps(model, scheduler, (256, 1, 8, 8), generator=seeded(1), num_inference_steps=n, clip_sample=False)
+    for step, (mean, variance) in zip(steps, expected, strict=True):
+        pixels, count = step.x.double(), step.x.numel()
+        assert abs(pixels.mean().item() - mean) < 5*math.sqrt(variance/count) + 1e-4             # 1e-4: float32
+        assert abs(pixels.var().item() - variance) < 5*variance*math.sqrt(2/(count - 1)) + 1e-4
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_more_steps_come_nearer_to_the_data(schedule, variance_type):
+    "The recursion itself tends to the data's moments as T grows: the error is nearly halved with every doubling, and ends below 2 percent."
+    errors = []
+    for T in (125, 250, 500, 1000):
+        betas, pairs = reference.betas(schedule, T), [(t, t - 1) for t in reversed(range(T))]
+        assert NoiseScheduler.cosine(T).timesteps() == pairs
+        mean, variance = reference.ancestral_moments(betas, pairs, variance_type, MEAN, STD)[-1]
+        errors.append(max(abs(mean - MEAN)/STD, abs(variance/STD**2 - 1)))
+    assert all(later < 0.6*earlier for earlier, later in zip(errors, errors[1:])) and errors[-1] < 0.02
+
+
+def test_steps_are_what_they_say():
+    "One step for each pair of times; x0 is clipped only on request; `sample` gives the last x."
+    scheduler = NoiseScheduler.linear(50, variance_type="fixed_large")   # the last step has a variance then, which is not to be used
+    model = reference.gaussian_denoiser(reference.betas("linear", 50), "epsilon", MEAN, STD)
+    for clip in (True, False):
+        steps = list(ddpm_steps(model, scheduler, SHAPE, generator=seeded(), num_inference_steps=10, clip_sample=clip))
+        assert [step.t for step in steps] == [t for t, _ in scheduler.timesteps(10)]
+        assert all(step.x.shape == step.x0.shape == SHAPE for step in steps)
+        assert (max(step.x0.max() for step in steps) <= 1) == clip
+        assert_close(steps[-1].x, steps[-1].x0, rtol=0, atol=1e-6)     # the last step adds no noise
+        last = sample(model, scheduler, SHAPE, generator=seeded(), num_inference_steps=10, clip_sample=clip)
+        assert torch.equal(last, steps[-1].x)
+    assert METHODS["ddpm"] is ddpm_steps
+    with pytest.raises(ValueError, match="method must be one of"): sample(model, scheduler, SHAPE, generator=seeded(), method="ode")
+
+
+def test_model_is_told_its_time():
+    "The model sees the time that the image has, once for each image, as whole numbers."
+    seen = []
+    def model(x, t):
+        seen.append(t)
+        return torch.zeros_like(x)
+    scheduler = NoiseScheduler.cosine(20)
+    sample(model, scheduler, SHAPE, generator=seeded())
+    assert torch.equal(torch.stack(seen), torch.arange(19, -1, -1)[:, None].expand(20, 4))
+    assert seen[0].dtype == torch.int64
+
+
+def test_same_seed_same_samples():
+    "The generator decides, not the global one; and every image has noise of its own."
+    model, scheduler, draws = small_unet(), NoiseScheduler.cosine(20, prediction_type="v_prediction"), []
+    for seed, elsewhere in ((0, 1), (0, 2), (3, 1)):
+        torch.manual_seed(elsewhere)
+        draws.append(sample(model, scheduler, SHAPE, generator=seeded(seed), labels=LABELS*0))
+        assert torch.initial_seed() == elsewhere and torch.equal(torch.rand(3), torch.rand(3, generator=seeded(elsewhere)))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert (draws[0][0] - draws[0][1]).abs().max() > 0.1
+
+
+def test_sampling_needs_no_gradients():
+    "Neither in the steps nor in the model's outputs; the caller's own setting is left alone between the steps."
+    weight = torch.ones(1, requires_grad=True)
+    for step in ddpm_steps(lambda x, t: weight*x, NoiseScheduler.cosine(5), SHAPE, generator=seeded()):
+        assert not step.x.requires_grad and not step.x0.requires_grad
+        assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("scale", [0., 0.5, 1., 3., -1.])
+def test_guidance_is_its_formula(scale):
+    "Unconditional plus scale times the difference; 1 is the conditional model and 0 the unconditional one, to the bit."
+    model, x, t = small_unet(), torch.randn(SHAPE, generator=seeded()), torch.tensor([0, 10, 500, 999])
+    cond, uncond = model(x, t, LABELS), model(x, t, torch.full((4,), 10))
+    assert (cond - uncond).abs().max() > 0.1
+    out = guided(model, scale, {"labels": 10})(x, t, labels=LABELS)
+    if scale in (0, 1): assert torch.equal(out, {0: uncond, 1: cond}[scale])
+    else: assert_close(out, (1 - scale)*uncond + scale*cond, rtol=0, atol=1e-5)   # float32, in another order
+
+
+def test_guidance_calls_the_model_once():
+    "One batch of both halves, or one half where the other would be thrown away."
+    x, t = torch.zeros(SHAPE), torch.zeros(4, dtype=torch.long)
+    for scale, expected in ((0., [[10]*4]), (1., [LABELS.tolist()]), (2., [[10]*4 + LABELS.tolist()])):
+        model = Recorder(small_unet())
+        guided(model, scale, {"labels": 10})(x, t, labels=LABELS)
+        assert model.calls == expected
+
+
+def test_guidance_with_two_conditions():
+    "Each condition has its own `none`, also one that is a vector; each image keeps its own."
+    seen = {}
+    def model(x, t, labels, text):
+        seen.update(labels=labels, text=text)
+        return x*0
+    text = torch.arange(8.).view(4, 2)
+    guided(model, 2., {"labels": 10, "text": torch.tensor([-1., -2.])})(torch.zeros(SHAPE), LABELS, labels=LABELS, text=text)
+    assert seen["labels"].tolist() == [10]*4 + LABELS.tolist()
+    assert torch.equal(seen["text"], torch.cat([torch.tensor([[-1., -2.]]).expand(4, 2), text]))
+
+
+@pytest.mark.parametrize("scale", [0., 1., 2.])
+def test_guidance_without_labels_is_refused(scale):
+    "At every scale, by a call or by a sampler; a condition that `null` does not name is refused too."
+    model = guided(small_unet(), scale, {"labels": 10})
+    with pytest.raises(ValueError, match="guidance needs the conditions"): model(torch.zeros(SHAPE), LABELS)
+    with pytest.raises(ValueError, match="guidance needs the conditions"):
+        sample(model, NoiseScheduler.cosine(5), SHAPE, generator=seeded())
+    with pytest.raises(ValueError, match="guidance needs the conditions"): model(torch.zeros(SHAPE), LABELS, labels=LABELS, text=LABELS)
+
+
+def test_unconditional_model_refuses_labels():
+    "They are not dropped in silence, neither plain nor guided; a misspelt condition is an error too."
+    model, scheduler = small_unet(num_classes=0), NoiseScheduler.cosine(5)
+    for one in (model, guided(model, 2., {"labels": 0})):
+        with pytest.raises(ValueError, match="knows no classes"): sample(one, scheduler, SHAPE, generator=seeded(), labels=LABELS)
+    with pytest.raises(TypeError, match="label"): sample(small_unet(), scheduler, SHAPE, generator=seeded(), label=LABELS)
+
+
+@pytest.mark.parametrize("scale, matters", [(None, True), (1., True), (3., True), (0., False)])
+def test_label_changes_the_samples(scale, matters):
+    "Same noise, one label changed: that image changes and the others do not; at scale 0 none does."
+    model, scheduler = small_unet(), NoiseScheduler.cosine(10, prediction_type="v_prediction")
+    if scale is not None: model = guided(model, scale, {"labels": 10})
+    one, other = (sample(model, scheduler, SHAPE, generator=seeded(), labels=labels) for labels in (LABELS, torch.tensor([0, 1, 2, 9])))
+    changed = (one - other).flatten(1).abs().amax(dim=1)
+    assert (changed[:3] < 1e-5).all() and (changed[3] > 1e-2) == matters

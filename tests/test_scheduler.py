@@ -1,0 +1,230 @@
+"""The noise schedule: against closed forms in float64, and against diffusers."""
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import reference
+from ddpm_tutorial.sampler import ddpm_steps
+from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig, cosine_betas, linear_betas
+from peers import diffusers_scheduler
+
+CASES = [("linear", 1000), ("linear", 50), ("cosine", 1000), ("cosine", 50)]
+EXACT = dict(rtol=0, atol=1e-12)    # of numbers about 1 in size: some thousand roundings of 1e-16
+
+
+def scheduler_of(schedule, T, **kwargs): return SchedulerConfig(schedule, T, **kwargs).build()
+
+
+@pytest.fixture
+def float64():
+    "New tensors are float64, the sampler's noise too."
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def some_images(n, seed=0):
+    "Clean images and noise, float64."
+    generator = torch.Generator().manual_seed(seed)
+    x0 = torch.rand(n, 2, 3, 3, generator=generator, dtype=torch.float64)*2 - 1
+    return x0, torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+
+
+def per_image(numbers): return torch.tensor(numbers, dtype=torch.float64).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("schedule, T", CASES)
+def test_betas_and_their_products(schedule, T):
+    "Betas and cumulative products against plain Python."
+    betas, scheduler = reference.betas(schedule, T), scheduler_of(schedule, T)
+    assert_close(scheduler.betas, torch.tensor(betas, dtype=torch.float64), **EXACT)
+    expected = torch.tensor([reference.alpha_bar(betas, t) for t in range(T)], dtype=torch.float64)
+    assert_close(scheduler.alphas_cumprod, expected, rtol=1e-12, atol=0)   # the last ones are tiny: relative
+    assert len(scheduler) == T
+
+
+def test_cosine_products_follow_the_cosine():
+    "The product of the betas is the squared cosine itself, up to the last step, where a beta is held below 1."
+    f = lambda u: math.cos((u + 0.008)/1.008 * math.pi/2)**2
+    scheduler = NoiseScheduler.cosine(100)
+    assert_close(scheduler.alphas_cumprod[:-1], torch.tensor([f((t + 1)/100)/f(0) for t in range(99)], dtype=torch.float64), **EXACT)
+    assert scheduler.betas[-1] == 0.999
+
+
+@pytest.mark.parametrize("T", [50, 200, 1000, 4000])
+def test_the_end_is_noise_for_every_length(T):
+    "Both schedules start near the clean image and end near pure noise, whatever T is."
+    for scheduler in (NoiseScheduler.linear(T), NoiseScheduler.cosine(T)):
+        first, last = scheduler.alphas_cumprod[0].item(), scheduler.alphas_cumprod[-1].item()
+        assert first > 0.99 and last < 1e-4
+        assert (scheduler.alphas_cumprod.diff() < 0).all()
+
+
+@pytest.mark.parametrize("schedule, T", CASES)
+def test_add_noise_and_velocity(schedule, T):
+    "Each image is mixed by its own time; at time -1 it is clean."
+    betas, scheduler, t = reference.betas(schedule, T), scheduler_of(schedule, T), torch.tensor([0, 1, T//2, T - 1, -1])
+    x0, noise = some_images(len(t))
+    a = per_image([reference.alpha_bar(betas, time) for time in t.tolist()])
+    assert_close(scheduler.add_noise(x0, noise, t), a**0.5*x0 + (1 - a)**0.5*noise, **EXACT)
+    assert_close(scheduler.velocity(x0, noise, t), a**0.5*noise - (1 - a)**0.5*x0, **EXACT)
+    assert torch.equal(scheduler.add_noise(x0, noise, t)[-1], x0[-1])
+    assert scheduler.add_noise(x0.float(), noise.float(), t).dtype == torch.float32
+
+
+def test_many_small_steps_are_one_big_step():
+    "Noise that is added step by step has the moments that `add_noise` has in one go."
+    scheduler = NoiseScheduler.linear(50)
+    signal, variance, zero = 1., 0., torch.zeros(1, 1, dtype=torch.float64)
+    for t, beta in enumerate(scheduler.betas.tolist()):
+        signal, variance = math.sqrt(1 - beta)*signal, (1 - beta)*variance + beta   # x_t = sqrt(1 - beta) x + sqrt(beta) noise
+        at = torch.tensor([t])
+        assert abs(scheduler.add_noise(zero + 1, zero, at).item() - signal) < 1e-12
+        assert abs(scheduler.add_noise(zero, zero + 1, at).item()**2 - variance) < 1e-12
+
+
+@pytest.mark.parametrize("stride", [1, 7])
+@pytest.mark.parametrize("schedule, T", CASES)
+def test_posterior_is_bayes_rule(schedule, T, stride):
+    "Mean and both variances, for neighbours and for strides, against two normal distributions multiplied."
+    betas, t = reference.betas(schedule, T), torch.tensor([0, 1, stride, T//2, T - 1])
+    prev_t = (t - stride).clamp(min=-1)
+    of_x0, of_x_t, small, large = map(per_image, zip(*(reference.posterior(betas, *pair) for pair in zip(t.tolist(), prev_t.tolist()))))
+    x0, x_t = some_images(len(t))
+    for variance_type, expected in (("fixed_small", small), ("fixed_large", large)):
+        mean, variance = scheduler_of(schedule, T, variance_type=variance_type).posterior(x0, x_t, t, prev_t)
+        assert_close(mean, of_x0*x0 + of_x_t*x_t, **EXACT)
+        assert_close(variance, expected, rtol=1e-10, atol=0)   # relative: 1 - alpha_bar is 1e-4 at first, so four digits are lost
+    if stride == 1: assert torch.equal(scheduler_of(schedule, T).posterior(x0, x_t, t)[0], mean)
+
+
+@pytest.mark.parametrize("T", [50, 1000])
+def test_snr(T):
+    "The ratio of what is left of the signal to the noise. It falls at every step."
+    for schedule in ("linear", "cosine"):
+        betas, scheduler = reference.betas(schedule, T), scheduler_of(schedule, T)
+        a = torch.tensor([reference.alpha_bar(betas, t) for t in range(T)], dtype=torch.float64)
+        snr = scheduler.snr(torch.arange(T))
+        assert_close(snr, a/(1 - a), rtol=1e-10, atol=0)
+        assert (snr.diff() < 0).all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_three_predictions_say_the_same(schedule):
+    "Each target, put out by a perfect model, converts to the same x0 and the same noise, at every time."
+    t = torch.arange(200)
+    x0, noise = some_images(len(t))
+    for prediction_type in PREDICTION_TYPES:
+        scheduler = scheduler_of(schedule, 200, prediction_type=prediction_type)
+        x_t = scheduler.add_noise(x0, noise, t)
+        got_x0, got_noise = scheduler.to_x0_and_noise(scheduler.target(x0, noise, t), x_t, t)
+        assert_close(got_x0, x0, rtol=0, atol=1e-10)         # epsilon divides by sqrt(alpha_bar), 1e-4 at the end
+        assert_close(got_noise, noise, rtol=0, atol=1e-10)   # sample divides by sqrt(1 - alpha_bar), 1e-2 at the start
+
+
+def test_targets_are_what_their_names_say():
+    "The noise, the image, and the velocity, each on its own: a swap would survive the round trip above."
+    t = torch.arange(50)
+    x0, noise = some_images(50)
+    target = lambda kind: NoiseScheduler.cosine(50, prediction_type=kind).target(x0, noise, t)
+    assert torch.equal(target("epsilon"), noise) and torch.equal(target("sample"), x0)
+    expected = diffusers_scheduler("cosine", 50, exact=True).get_velocity(x0, noise, t)
+    assert_close(target("v_prediction"), expected, **EXACT)
+
+
+def test_timesteps_for_every_length():
+    "For all T and n: n pairs, strictly falling, the first T-1, each leads to the next, the last to clean data; evenly spread."
+    for T, counts in [(T, range(1, T + 1)) for T in range(1, 41)] + [(1000, range(1, 1001, 7)), (1000, (999, 1000))]:
+        scheduler = NoiseScheduler.cosine(T)
+        for n in counts:
+            pairs = scheduler.timesteps(n)
+            times = [t for t, _ in pairs]
+            assert len(pairs) == n and times[0] == T - 1 and pairs[-1][1] == -1
+            assert all(prev_t < t for t, prev_t in pairs)
+            assert [prev_t for _, prev_t in pairs[:-1]] == times[1:]
+            if n > 1: assert times[-1] == 0 and all(abs(t - (T - 1)*(1 - i/(n - 1))) < 0.5 + 1e-9 for i, t in enumerate(times))
+        assert scheduler.timesteps() == scheduler.timesteps(T)
+        for n in (0, T + 1):
+            with pytest.raises(ValueError, match="num_inference_steps must be in"): scheduler.timesteps(n)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 50, 333, 1000])
+def test_timesteps_against_diffusers(n):
+    "The same times as diffusers' `linspace` spacing."
+    theirs = diffusers_scheduler("linear", 1000, timestep_spacing="linspace")
+    theirs.set_timesteps(n)
+    expected = theirs.timesteps.tolist() if n > 1 else [999]   # with one step, theirs is [0]: that is not noise
+    assert [t for t, _ in NoiseScheduler.linear(1000).timesteps(n)] == expected
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedule_against_diffusers(schedule):
+    "Betas, products and noisy images; theirs are float32, rounded to 6e-8; square roots of what is left magnify that."
+    ours, theirs, t = scheduler_of(schedule, 1000), diffusers_scheduler(schedule, 1000), torch.arange(1000)
+    assert_close(ours.betas.float(), theirs.betas, rtol=0, atol=1e-7)
+    assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=0, atol=2e-6)
+    x0, noise = (x.float() for x in some_images(1000))
+    assert_close(ours.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("exact, tolerance", [(False, 1e-4), (True, 1e-12)])
+@pytest.mark.parametrize("n", [200, 20])
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_sampling_against_diffusers(schedule, prediction_type, variance_type, n, exact, tolerance, float64):
+    "Every step from noise to image, all 200 and strided, with its own float32 table and with an exact one."
+    model = reference.gaussian_denoiser(reference.betas(schedule, 200), prediction_type, mean=0.2, std=0.6)
+    ours = scheduler_of(schedule, 200, prediction_type=prediction_type, variance_type=variance_type)
+    theirs = diffusers_scheduler(schedule, 200, exact, prediction_type=prediction_type, variance_type=variance_type)
+    theirs.set_timesteps(timesteps=[t for t, _ in ours.timesteps(n)])
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 1, 4, 4)
+    x = torch.randn(shape, generator=generator)
+    steps = ddpm_steps(model, ours, shape, generator=torch.Generator().manual_seed(0), num_inference_steps=n, clip_sample=False)
+    for t, step in zip(theirs.timesteps, steps, strict=True):
+        x, x0 = theirs.step(model(x, t.expand(3)), t, x, generator=generator, return_dict=False)
+        assert_close(step.x, x, rtol=0, atol=tolerance)
+        if exact: assert_close(step.x0, x0, rtol=0, atol=tolerance)   # in float32, x0 from noise is divided by as little as 5e-4
+
+
+def test_zero_terminal_snr():
+    "A last beta of 1 is refused for noise prediction, with the reason; the two others give finite numbers."
+    betas = torch.cat([linear_betas(30)[:-1], torch.ones(1, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="cannot be computed from noise alone"): NoiseScheduler(betas)
+    x0, noise = some_images(1)
+    for prediction_type in ("sample", "v_prediction"):
+        scheduler, t = NoiseScheduler(betas, prediction_type), torch.tensor([29])
+        x_t = scheduler.add_noise(x0, noise, t)
+        assert torch.equal(x_t, noise)
+        got_x0, got_noise = scheduler.to_x0_and_noise(scheduler.target(x0, noise, t), x_t, t)
+        assert_close(got_x0, x0, **EXACT)
+        assert_close(got_noise, noise, **EXACT)
+        assert all(part.isfinite().all() for part in scheduler.posterior(x0, x_t, t))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: NoiseScheduler.linear(prediction_type="noise"), "prediction_type must be one of"),
+    (lambda: NoiseScheduler.linear(variance_type="learned"), "variance_type must be one of"),
+    (lambda: NoiseScheduler(linear_betas(50).float()), "betas must be float64"),
+    (lambda: NoiseScheduler(torch.zeros(3, dtype=torch.float64)), r"betas must be in \(0, 1\]"),
+    (lambda: linear_betas(20), "at least 21 steps"),
+    (lambda: cosine_betas(0), "at least 1"),
+    (lambda: SchedulerConfig("sigmoid"), "schedule must be one of"),
+])
+def test_what_cannot_work_is_refused(make, message):
+    "At once, with a message that names the field."
+    with pytest.raises(ValueError, match=message): make()
+
+
+def test_scheduler_is_no_module():
+    "It has no buffers that a model could save, move or average: a model that carries one stays as it was."
+    model, scheduler = nn.Linear(2, 2), NoiseScheduler.linear()
+    model.scheduler = scheduler
+    scheduler.alphas_cumprod                                       # the cached table too
+    assert not isinstance(scheduler, nn.Module)
+    assert list(model.buffers()) == [] and set(model.state_dict()) == {"weight", "bias"}
+    assert len(list(model.modules())) == 1

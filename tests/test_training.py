@@ -1,0 +1,299 @@
+"""Training: the loss, the average, the draws of chance, and a run that goes on as if it had never been stopped."""
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ddpm_tutorial.data import batches, load_sample
+from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler
+from ddpm_tutorial.training import (TrainConfig, diffusion_loss, drop_labels, ema_decay, learning_rate, new_state, random_generator,
+                                    total_steps, train_steps, update_ema, validation_loss)
+from ddpm_tutorial.unet import UNet, UNetConfig
+from peers import randomised
+
+FEW = load_sample()[torch.arange(0, 1000, 20)]                      # 50 images: batches of 20, 20 and 10
+TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(), head_dim=8, num_groups=4)
+CONFIG = TrainConfig(epochs=2, batch_size=20, lr=1e-3, lr_decay=True, label_dropout=0.5, weight_decay=0.01)
+SCHEDULER = NoiseScheduler.cosine(50, prediction_type="v_prediction")
+
+
+def fresh_state(seed=0, config=CONFIG):
+    torch.manual_seed(seed)
+    return new_state(UNet(TINY), config)
+
+
+def everything(state):
+    "All numbers of a state, as one flat list of tensors."
+    memory = [value for parameter in state.optimizer.state.values() for value in parameter.values()]
+    return [*state.model.state_dict().values(), *state.ema.state_dict().values(), *memory]
+
+
+def same(one, other): return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_loss_is_its_formula(prediction_type):
+    "Squared error against the target, mean over an image's pixels, one number an image; the model is given x_t, t and the labels."
+    scheduler, t = NoiseScheduler.cosine(50, prediction_type=prediction_type), torch.tensor([0, 20, 49])
+    x0, noise = (torch.randn(3, 2, 4, 4, generator=random_generator(seed), dtype=torch.float64) for seed in (0, 1))
+    a = scheduler.alphas_cumprod[t].view(3, 1, 1, 1)
+    x_t = a**0.5*x0 + (1 - a)**0.5*noise
+    target = {"epsilon": noise, "sample": x0, "v_prediction": a**0.5*noise - (1 - a)**0.5*x0}[prediction_type]
+    def model(x, times, labels):
+        assert_close(x, x_t, rtol=0, atol=1e-12)
+        assert torch.equal(times, t) and labels == "given"
+        return 0.5*x
+    losses = diffusion_loss(model, scheduler, x0, t=t, noise=noise, labels="given")
+    expected = [sum((0.5*x_t[i] - target[i]).flatten().tolist()[j]**2 for j in range(32))/32 for i in range(3)]
+    assert_close(losses.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)   # the prediction is float32
+
+
+def test_drop_labels():
+    "The share lies within 5 binomial standard deviations; the others are as they were; 0 drops none; the seed decides."
+    labels = torch.arange(10).repeat(1000)
+    for probability in (0.1, 0.5):
+        dropped = drop_labels(labels, 10, probability, random_generator(0))
+        gone = dropped == 10
+        assert abs(gone.sum().item() - 10_000*probability) < 5*math.sqrt(10_000*probability*(1 - probability))
+        assert torch.equal(dropped[~gone], labels[~gone])
+        assert gone.view(-1, 10).sum(dim=0).min() > 0                # every class
+        assert torch.equal(dropped, drop_labels(labels, 10, probability, random_generator(0)))
+        assert not torch.equal(dropped, drop_labels(labels, 10, probability, random_generator(1)))
+    assert torch.equal(drop_labels(labels, 10, 0., random_generator(0)), labels)
+    assert labels.max() == 9                                        # the caller's labels are not written to
+
+
+@pytest.mark.parametrize("dropout", [0., 0.3])
+def test_label_dropout_in_the_loop(dropout):
+    "What the model is really shown: its images' own labels or the null label, at the rate that was asked for."
+    config = TrainConfig(epochs=30, batch_size=50, label_dropout=dropout)
+    state, shown = fresh_state(config=config), []
+    state.model.register_forward_pre_hook(lambda module, args, kwargs: shown.append(kwargs["labels"]), with_kwargs=True)
+    for _ in train_steps(state, FEW, SCHEDULER, config): pass
+    shown = torch.stack(shown)                                      # (steps, images)
+    n, null = shown.numel(), shown == 10
+    assert abs(null.sum().item() - n*dropout) <= 5*math.sqrt(n*dropout*(1 - dropout))
+    for epoch, labels in enumerate(shown):
+        _, expected = next(batches(FEW, 50, generator=random_generator(0, 0, epoch)))
+        assert torch.equal(labels[labels < 10], expected[labels < 10])
+    untouched = torch.equal(state.model.class_embedding.weight[10], fresh_state(config=config).model.class_embedding.weight[10])
+    assert untouched == (dropout == 0)
+
+
+def test_random_generator_depends_on_its_numbers_alone():
+    "The same numbers the same draws, other numbers (also the same ones in another order) other draws."
+    draw = lambda *numbers: torch.rand(4, generator=random_generator(*numbers))
+    torch.manual_seed(5)
+    first = draw(1, 2)
+    torch.manual_seed(6)
+    assert torch.equal(first, draw(1, 2))
+    others = [draw(2, 1), draw(1, 3), draw(1, 2, 1), draw(12), draw(0, 2)]
+    assert all((first - other).abs().max() > 1e-3 for other in others)
+
+
+def test_ema_is_its_closed_form():
+    "`d^k start + (1 - d) sum d^(k - i) weight_i`, float64."
+    toy = nn.Linear(3, 2).double()
+    average, start, decay, history = copy.deepcopy(toy), toy.weight.detach().clone(), 0.8, []
+    for step in range(12):
+        nn.init.normal_(toy.weight, generator=random_generator(step))
+        history.append(toy.weight.detach().clone())
+        update_ema(average, toy, decay)
+    expected = decay**12*start + (1 - decay)*sum(decay**(11 - i)*weight for i, weight in enumerate(history))
+    assert_close(average.weight.detach(), expected, rtol=0, atol=1e-14)
+    assert torch.equal(toy.weight, history[-1])                      # the model itself is left alone
+
+
+def test_buffers_are_not_averaged():
+    "They are copied, bit for bit, whole numbers too; an average of two counters means nothing."
+    toy = nn.BatchNorm1d(2)
+    toy.register_buffer("table", torch.tensor([1/3, 1e-8]))
+    average = copy.deepcopy(toy)
+    for step in range(5):
+        toy(torch.randn(8, 2, generator=random_generator(step)))
+        update_ema(average, toy, 0.9)
+        assert average.num_batches_tracked.item() == step + 1
+        assert all(torch.equal(a, b) for a, b in zip(average.buffers(), toy.buffers(), strict=True))
+
+
+def test_ema_decay_warms_up():
+    "It starts at 1/10, never falls, ends at `longest`; what is left of the start is 1/C(k + 9, 9)."
+    decays = [ema_decay(step, 0.999) for step in range(20_000)]
+    assert decays[0] == 0.1 and decays[-1] == 0.999
+    assert all(a <= b for a, b in zip(decays, decays[1:]))
+    assert decays.index(0.999) == 8990                              # (1 + k)/(10 + k) = 0.999
+    for k in (1, 10, 100, 1000): assert math.isclose(math.prod(decays[:k]), 1/math.comb(k + 9, 9), rel_tol=1e-12)
+    assert ema_decay(0, 0.) == 0 and ema_decay(10**9) == 0.999
+
+
+def test_average_in_the_loop():
+    "After each step the average has taken in the weights of that very step, with the warmed-up decay."
+    state = fresh_state()
+    expected = {name: weight.clone() for name, weight in state.ema.state_dict().items()}
+    for record in train_steps(state, FEW, SCHEDULER, CONFIG):
+        decay = min(0.999, record.step/(9 + record.step))           # counted from 1 here
+        for name, weight in state.model.state_dict().items(): expected[name] = decay*expected[name] + (1 - decay)*weight
+        for name, weight in state.ema.state_dict().items(): assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in state.ema.parameters()) and not state.ema.training
+
+
+def test_first_step_is_adamw_by_hand():
+    "One step of plain AdamW on the clipped gradient of the mean loss, with the draws of seed and step: algorithm 1 written out."
+    config = TrainConfig(epochs=1, batch_size=50, lr=1e-3, weight_decay=0.1, label_dropout=0., grad_clip=0.01, seed=3)
+    state, mine = fresh_state(config=config), fresh_state(config=config).model
+    record = next(train_steps(state, FEW, SCHEDULER, config))
+    x0, labels = next(batches(FEW, 50, generator=random_generator(3, 0, 0)))
+    assert len(set(record.t.tolist())) > 10 and record.t.min() >= 0 and record.t.max() < 50
+    generator = random_generator(3, 1, 0)
+    t, noise = torch.randint(50, (50,), generator=generator), torch.randn(x0.shape, generator=generator)
+    losses = diffusion_loss(mine, SCHEDULER, x0, t=t, noise=noise, labels=labels)
+    losses.mean().backward()
+    length = sum(p.grad.square().sum() for p in mine.parameters() if p.grad is not None).sqrt()
+    assert length > config.grad_clip
+    assert_close(record.losses, losses.detach(), rtol=1e-6, atol=0)
+    assert math.isclose(record.loss, losses.mean().item(), rel_tol=1e-6) and math.isclose(record.grad_norm, length.item(), rel_tol=1e-5)
+    for before, after in zip(mine.parameters(), state.model.parameters()):
+        gradient = before.grad*0.01/length
+        assert_close(after, before*(1 - 1e-3*0.1) - 1e-3*gradient/(gradient.abs() + 1e-8), rtol=0, atol=2e-5)
+
+
+def test_each_image_once_an_epoch():
+    "Steps, epochs and sizes of the batches; `max_steps` ends the run earlier."
+    config = TrainConfig(epochs=2, batch_size=20)
+    records = list(train_steps(fresh_state(config=config), FEW, SCHEDULER, config))
+    assert [(r.step, r.epoch, len(r.losses)) for r in records] == [(1, 0, 20), (2, 0, 20), (3, 0, 10), (4, 1, 20), (5, 1, 20), (6, 1, 10)]
+    assert total_steps(config, 50) == 6
+    for max_steps in (4, 100):
+        config = TrainConfig(epochs=2, batch_size=20, max_steps=max_steps)
+        assert len(list(train_steps(fresh_state(config=config), FEW, SCHEDULER, config))) == total_steps(config, 50) == min(6, max_steps)
+
+
+def test_learning_rate():
+    "A straight rise, then a constant or half a cosine to 0; the loop uses what the function says."
+    config = TrainConfig(lr=1e-3, warmup_steps=4, lr_decay=True)
+    rates = [learning_rate(step, config, 104) for step in range(105)]
+    assert_close(torch.tensor(rates[:5]), torch.tensor([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3]))
+    assert all(math.isclose(rates[4 + k], 1e-3*math.cos(math.pi*k/200)**2, abs_tol=1e-12) for k in range(101))
+    assert learning_rate(10**6, TrainConfig(lr=1e-3, warmup_steps=4), 104) == 1e-3
+    state, config = fresh_state(), TrainConfig(epochs=2, batch_size=20, lr=1e-3, warmup_steps=2, lr_decay=True)
+    for record in train_steps(state, FEW, SCHEDULER, config):
+        assert record.lr == state.optimizer.param_groups[0]["lr"] == learning_rate(record.step - 1, config, 6)
+
+
+def test_the_loss_falls():
+    "Forty steps on ten images bring it well below that of a network that says 0 (seen: 0.82 to 0.53), for the average as well."
+    config, data = TrainConfig(epochs=40, batch_size=10, lr=1e-2), load_sample()[torch.arange(0, 1000, 100)]
+    state = fresh_state(config=config)
+    before = validation_loss(state.model, data, SCHEDULER)
+    for _ in train_steps(state, data, SCHEDULER, config): pass
+    for model in (state.model, state.ema): assert validation_loss(model, data, SCHEDULER) < 0.75*before
+
+
+def cut_and_go_on(k):
+    "Train k steps, save to bytes, read them into another network, go on. Returns the state and its records."
+    first = fresh_state()
+    for record in train_steps(first, FEW, SCHEDULER, CONFIG):
+        if record.step == k: break
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (first.model, first.ema, first.optimizer)], file)
+    file.seek(0)
+    second = fresh_state(seed=1)
+    for part, values in zip((second.model, second.ema, second.optimizer), torch.load(file, weights_only=True)): part.load_state_dict(values)
+    second.step = k
+    torch.manual_seed(k)                                            # whatever else drew numbers meanwhile
+    return second, list(train_steps(second, FEW, SCHEDULER, CONFIG))
+
+
+def test_resumed_run_equals_the_unbroken_one():
+    "Cut after every possible step, at the edge of an epoch (3) and inside: losses, times, weights, average and optimizer, bit for bit."
+    unbroken = fresh_state()
+    records = list(train_steps(unbroken, FEW, SCHEDULER, CONFIG))
+    assert len({tuple(record.t[:10].tolist()) for record in records}) == 6     # every step has draws of its own
+    for k in (1, 2, 3, 4, 5):
+        resumed, rest = cut_and_go_on(k)
+        assert [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in rest] == [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in records[k:]]
+        assert all(torch.equal(a.t, b.t) and torch.equal(a.losses, b.losses) for a, b in zip(rest, records[k:]))
+        assert resumed.step == unbroken.step == 6 and same(everything(resumed), everything(unbroken))
+
+
+def test_seed_decides_the_run():
+    "Another seed is another run, even from the same weights."
+    losses = [next(train_steps(fresh_state(), FEW, SCHEDULER, TrainConfig(batch_size=20, seed=seed))).loss for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_loss_stops_before_the_step(bad):
+    "Two good steps, then a weight breaks: an error that names the step, and nothing but that weight has changed."
+    state = fresh_state()
+    steps = train_steps(state, FEW, SCHEDULER, CONFIG)
+    next(steps), next(steps)
+    nn.init.constant_(state.model.conv_out.bias, bad)
+    before = copy.deepcopy(everything(state))
+    with pytest.raises(FloatingPointError, match="at step 3"): next(steps)
+    assert state.step == 2 and all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(everything(state), before, strict=True))
+    assert all(parameter.isfinite().all() for parameter in state.ema.parameters())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_gradient_stops_before_the_step(bad):
+    "The loss is a number and one gradient is none."
+    state = fresh_state()
+    steps = train_steps(state, FEW, SCHEDULER, CONFIG)
+    next(steps)
+    before = copy.deepcopy(everything(state))
+    state.model.conv_in.weight.register_hook(lambda gradient: gradient*bad)
+    with pytest.raises(FloatingPointError, match="the gradient is .* at step"): next(steps)
+    assert state.step == 1 and same(everything(state), before)
+
+
+def test_validation_loss_is_one_number():
+    "The same at every call, whatever else draws numbers; it is the mean over all images; no gradient is left behind."
+    model = randomised(UNet(TINY)).requires_grad_()
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(validation_loss(model, FEW, SCHEDULER, batch_size=20))
+        assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(seed)))
+    assert found[0] == found[1] and math.isfinite(found[0])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert validation_loss(randomised(UNet(TINY), seed=1), FEW, SCHEDULER, batch_size=20) != found[0]
+    zero = nn.Conv2d(1, 1, 1)                                       # predicts 0: its loss is the mean of the targets' squares
+    def forward(x, t, labels):
+        assert not torch.is_grad_enabled()
+        return x*0
+    zero.forward = forward
+    noise_scheduler = NoiseScheduler.cosine(50)
+    assert abs(validation_loss(zero, FEW, noise_scheduler, batch_size=20) - 1) < 5*math.sqrt(2/FEW.images.numel())
+
+
+def test_validation_uses_the_labels():
+    "A model that is shown other labels has another loss."
+    model, other = randomised(UNet(TINY)), copy.deepcopy(FEW)
+    other.labels.copy_((other.labels + 1) % 10)
+    assert abs(validation_loss(model, FEW, SCHEDULER) - validation_loss(model, other, SCHEDULER)) > 1e-4
+
+
+def test_bf16_keeps_weights_and_loss_in_fp32():
+    "Half precision inside the network only; the numbers differ a little and stay finite."
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        state = fresh_state()
+        nn.init.normal_(state.model.conv_out.weight, std=0.1)        # else both predict exactly 0
+        record = next(train_steps(state, FEW, SCHEDULER, CONFIG, precision))
+        losses[precision] = record.losses
+        assert record.losses.dtype == torch.float32 and all(p.dtype == torch.float32 for p in state.model.parameters())
+    assert not torch.equal(*losses.values())
+    assert_close(losses["bf16"], losses["fp32"], rtol=0.1, atol=0.02)   # bf16 keeps three digits at most
+
+
+@pytest.mark.parametrize("settings", [dict(epochs=0), dict(batch_size=0), dict(max_steps=0), dict(lr=0.), dict(lr=math.nan), dict(lr=math.inf),
+                                      dict(grad_clip=0.), dict(weight_decay=-1.), dict(warmup_steps=-1), dict(label_dropout=1.),
+                                      dict(ema_decay=1.), dict(ema_decay=-0.1), dict(seed=-1)])
+def test_what_cannot_work_is_refused(settings):
+    "When the config is made, naming the field."
+    with pytest.raises(ValueError, match=next(iter(settings))): TrainConfig(**settings)

@@ -1,0 +1,187 @@
+"""Embeddings, norms and the U-Net: against torch functional and against diffusers with the same weights."""
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from ddpm_tutorial.attention import AttentionBlock
+from ddpm_tutorial.embeddings import AdaGN, ClassEmbedding, group_norm, sinusoidal_embedding
+from ddpm_tutorial.unet import Downsample, ResBlock, Stage, UNet, UNetConfig, Upsample
+from peers import diffusers_unet, double, randomised
+
+EXACT = dict(rtol=0, atol=1e-12)    # float64 on both sides, one layer
+ODD = {"28 with four levels": UNetConfig(base_channels=16, channel_multipliers=(1, 1, 2, 2), num_groups=4, head_dim=8),
+       "29": UNetConfig(image_size=29, base_channels=16, channel_multipliers=(1, 2, 2), attention_resolutions=(15,), num_groups=4, head_dim=8),
+       "30 in patches of 2": UNetConfig(image_size=30, patch_size=2, base_channels=16, channel_multipliers=(1, 2),
+                                        attention_resolutions=(8,), num_groups=4, head_dim=8, attention="linear")}
+
+
+def draw(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(config, n=3):
+    "Noisy images, times from both ends, labels with the null label among them."
+    x = draw(n, config.in_channels, config.image_size, config.image_size)
+    return x, torch.tensor([0, 500, 999])[:n], torch.tensor([3, config.num_classes, 0])[:n]
+
+
+@pytest.mark.parametrize("dim", [2, 32, 64])
+def test_sinusoidal_embedding_against_diffusers(dim):
+    "Cosines first, the same frequencies; whole times and others. Both compute in float32, in the same order: equal to 1e-6."
+    for t in (torch.arange(1000), torch.tensor([0.25, 37.5])):
+        theirs = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        assert_close(sinusoidal_embedding(t, dim), theirs, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="even"): sinusoidal_embedding(torch.arange(3), 7)
+
+
+def test_sinusoidal_embedding_in_float64():
+    "Against the formula, number by number. An angle of up to 999 in float32 is known to 1e-4."
+    t, dim = torch.arange(0, 1000, 37), 16
+    angles = t.double()[:, None] * torch.tensor([10_000**(-i/8) for i in range(8)], dtype=torch.float64)
+    assert_close(sinusoidal_embedding(t, dim).double(), torch.cat([angles.cos(), angles.sin()], dim=1), rtol=0, atol=2e-4)
+
+
+def test_group_norm():
+    "Mean and variance over each group's channels and pixels, by hand."
+    norm, x = randomised(group_norm(12, 3)).double(), 3*draw(2, 12, 5, 4) + 1
+    groups = x.view(2, 3, 4*5*4)
+    plain = ((groups - groups.mean(dim=2, keepdim=True))/(groups.var(dim=2, keepdim=True, correction=0) + 1e-5).sqrt()).view_as(x)
+    assert_close(norm(x), plain*norm.weight[:, None, None] + norm.bias[:, None, None], **EXACT)
+    assert_close(group_norm(12, 3, affine=False)(x), plain, **EXACT)
+    with pytest.raises(ValueError, match=r"12 channels .* choose num_groups among \[1, 2, 3, 4, 6, 12\]"): group_norm(12, 5)
+
+
+def test_adagn():
+    "Scale is the first half of the projection, shift the second; each image has its own."
+    layer, x, cond = randomised(AdaGN(12, 7, 3)).double(), draw(2, 12, 5, 4), draw(2, 7, seed=1)
+    scale_and_shift = F.linear(F.silu(cond), layer.proj.weight, layer.proj.bias)
+    scale, shift = scale_and_shift[:, :12, None, None], scale_and_shift[:, 12:, None, None]
+    expected = F.group_norm(x, 3, layer.norm.weight, layer.norm.bias, eps=1e-5)*(1 + scale) + shift
+    assert_close(layer(x, cond), expected, **EXACT)
+
+
+def test_class_embedding_has_a_null_row():
+    "One row more than classes, its last; there is no row after it."
+    table = ClassEmbedding(10, 4)
+    assert table.null_label == 10 and table(torch.tensor([10])).shape == (1, 4)
+    for label in (11, -1):
+        with pytest.raises(IndexError): table(torch.tensor([label]))
+
+
+@pytest.mark.parametrize("out_channels", [12, 18])
+def test_residual_block(out_channels):
+    "With torch functional; before it has learned anything it is its shortcut."
+    block, x, cond = ResBlock(12, out_channels, 7, 3).double(), draw(2, 12, 5, 4), draw(2, 7, seed=1)
+    assert_close(block(x, cond), block.shortcut(x), rtol=0, atol=0)
+    block = randomised(block)
+    h = F.silu(F.group_norm(x, 3, block.norm_1.weight, block.norm_1.bias, eps=1e-5))
+    h = F.silu(block.norm_2(F.conv2d(h, block.conv_1.weight, block.conv_1.bias, padding=1), cond))
+    expected = block.shortcut(x) + F.conv2d(h, block.conv_2.weight, block.conv_2.bias, padding=1)
+    assert_close(block(x, cond), expected, **EXACT)
+
+
+@pytest.mark.parametrize("height, width", [(28, 28), (7, 7), (9, 4), (2, 3)])
+def test_down_and_up_stay_in_place(height, width):
+    "Pixel k of the small map stands over pixel 2k of the large one, both ways, for even and odd sizes: nothing drifts."
+    down, up, x = randomised(Downsample(2)).double(), randomised(Upsample(2)).double(), draw(1, 2, height, width)
+    full = F.conv2d(x, down.weight, down.bias, padding=1)           # at every pixel; stride 2 keeps the even ones
+    assert_close(down(x), full[..., ::2, ::2], **EXACT)
+    small = down(x)
+    rows, columns = torch.arange(height)//2, torch.arange(width)//2
+    expected = F.conv2d(small[..., rows, :][..., columns], up.weight, up.bias, padding=1)
+    assert_close(up(small, (height, width)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("config", [
+    UNetConfig(base_channels=32, attention_resolutions=(7, 14), feed_forward=False),
+    UNetConfig(image_size=32, in_channels=3, base_channels=16, channel_multipliers=(1, 2, 2, 3), num_res_blocks=2,
+               attention_resolutions=(16, 4), head_dim=8, num_groups=8, feed_forward=False),
+    UNetConfig(num_classes=0, patch_size=2, base_channels=16, channel_multipliers=(1, 2), head_dim=16, num_groups=4, feed_forward=False),
+], ids=["28x28, three levels", "32x32, four levels, colour", "patches, no classes"])
+def test_unet_against_diffusers(config):
+    "The same random weights, float64: equal to 1e-10, where the output is about 1. Times at both ends, the null label too."
+    ours = randomised(UNet(config))
+    theirs = diffusers_unet(ours)
+    count = lambda model: sum(parameter.numel() for parameter in model.parameters())
+    assert count(ours) == count(theirs) and not any(parameter.isnan().any() for parameter in theirs.parameters())
+    ours, theirs, (x, t, labels) = double(ours), theirs.double(), inputs(config)
+    patches = F.pixel_unshuffle(x, config.patch_size)
+    cond, theirs_cond = ({"labels": labels}, {"class_labels": labels}) if config.num_classes else ({}, {})
+    expected = F.pixel_shuffle(theirs(patches, t, **theirs_cond).sample, config.patch_size)
+    assert expected.std() > 0.1
+    assert_close(ours(x, t, **cond), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_resolution_is_reached(name):
+    "What the maps measure on the way down and up, read off the running model; and the output is as large as the input."
+    config, seen = ODD[name], {"down": [], "up": []}
+    model = randomised(UNet(config))
+    for part in seen:
+        for layer in getattr(model, part):
+            if isinstance(layer, Stage): layer.register_forward_hook(lambda layer, args, out, part=part: seen[part].append(out.shape[-1]))
+    x, t, labels = inputs(config)
+    assert model(x.float(), t, labels).shape == x.shape
+    expected = {"28 with four levels": [28, 14, 7, 4], "29": [29, 15, 8], "30 in patches of 2": [15, 8]}[name]
+    assert list(config.resolutions) == expected
+    assert seen["down"] == expected and seen["up"] == [size for size in reversed(expected) for _ in range(2)]
+    attends = [isinstance(layer.attention, AttentionBlock) for layer in model.down if isinstance(layer, Stage)]
+    assert attends == [size in config.attention_resolutions for size in expected]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_images_do_not_see_each_other(name):
+    "An image's output is the same alone and in a batch, and its gradient reaches every one of its own pixels, and no other's."
+    config = ODD[name]
+    model, (x, t, labels) = double(randomised(UNet(config))), inputs(config)
+    out = model(x, t, labels)
+    for i in range(3): assert_close(model(x[i:i + 1], t[i:i + 1], labels[i:i + 1]), out[i:i + 1], rtol=0, atol=1e-10)
+    others = model(torch.cat([x[:1], 9*x[1:]]), t, labels)
+    assert_close(others[0], out[0], rtol=0, atol=1e-10)
+    x.requires_grad_()
+    model(x, t, labels)[1, 0, -1, -1].backward()                    # the last row and column are those that cropping would lose
+    assert (x.grad[1] != 0).all() and not x.grad[0].any() and not x.grad[2].any()
+
+
+def test_downsample_sees_its_neighbours_only():
+    "Pixel k of the small map sees pixels 2k - 1 ... 2k + 1 of the large one, and no others."
+    x, model = torch.zeros(1, 4, 28, 28, dtype=torch.float64, requires_grad=True), randomised(Downsample(4)).double()
+    model(x)[0, 0, 3, 5].backward()
+    rows, columns = x.grad[0].abs().sum(dim=0).nonzero().T
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 7, 9, 11)
+
+
+def test_time_and_label_reach_the_output():
+    "Another time or label is another output; no label is the null label; a fresh network says 0."
+    config = ODD["29"]
+    x, t, labels = inputs(config)
+    assert not UNet(config)(x.float(), t, labels).any()
+    model = double(randomised(UNet(config)))
+    out = model(x, t, labels)
+    assert (model(x, t + 1, labels) - out).flatten(1).abs().amax(dim=1).min() > 1e-3
+    assert (model(x, t, (labels + 1) % 11) - out).flatten(1).abs().amax(dim=1).min() > 1e-3
+    assert torch.equal(model(x, t), model(x, t, torch.full((3,), 10)))
+
+
+def test_a_label_is_never_ignored():
+    "A model without classes refuses labels, and one with classes refuses those that it does not know."
+    x, t, labels = torch.zeros(1, 1, 28, 28), torch.tensor([0]), torch.tensor([3])
+    small = dict(base_channels=8, channel_multipliers=(1,), attention_resolutions=(), head_dim=8, num_groups=4)
+    with pytest.raises(ValueError, match="knows no classes"): UNet(UNetConfig(num_classes=0, **small))(x, t, labels)
+    with pytest.raises(IndexError): UNet(UNetConfig(num_classes=3, **small))(x, t, labels + 1)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(attention_resolutions=(16,)), r"the levels are \(28, 14, 7\)"),
+    (dict(image_size=7), "image_size must be at least 8"),
+    (dict(image_size=29, patch_size=2, attention_resolutions=()), "does not divide image_size"),
+    (dict(image_size=8, channel_multipliers=(1, 1, 1, 1), attention_resolutions=()), "too small for 4 levels"),
+    (dict(channel_multipliers=()), "channel_multipliers must be"),
+    (dict(num_classes=-1), "num_classes must be at least 0"),
+    (dict(attention="none"), "attention must be one of"),
+    (dict(num_groups=0), "num_groups must be at least 1"),
+])
+def test_what_cannot_be_built_is_refused(settings, message):
+    "When the config is made, naming the field."
+    with pytest.raises(ValueError, match=message): UNetConfig(**settings)

@@ -1,0 +1,33 @@
+"""Is ddpm_tutorial/ what the notebooks export? Exports into a temporary copy and compares, file by file.
+
+usage: python tools/check_export.py
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def export(folder: Path):
+    "A copy of the notebooks in `folder`, exported there; a module whose notebook is gone does not come back."
+    for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT/name, folder/name)
+    shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns(".*", "_quarto.yml"))
+    (folder/"ddpm_tutorial").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "IN_TEST"} # with it nbdev_export does nothing
+    subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=folder, env=environment, check=True)
+
+def modules(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in (folder/"ddpm_tutorial").glob("*.py")}
+
+def main():
+    with tempfile.TemporaryDirectory() as name:
+        export(Path(name))
+        fresh, committed = modules(Path(name)), modules(ROOT)
+    wrong = [name for name in sorted(fresh.keys() | committed.keys()) if fresh.get(name) != committed.get(name)]
+    if wrong: sys.exit(f"error: out of step with the notebooks: {', '.join(wrong)}; run nbdev_export")
+    print(f"export: {len(fresh)} modules are in step with the notebooks")
+
+if __name__ == "__main__": main()

@@ -1,0 +1,48 @@
+"""Run notebooks as a reader does, top to bottom, and store clean outputs.
+
+usage: python tools/refresh.py [nbs/03_attention.ipynb ...]      default: all lessons, one after the other
+"""
+import os
+import re
+import sys
+import time
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import clean_nb
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def skipped(source: str, flags: list[str]) -> bool:
+    "Cells that nbdev does not run either."
+    return bool(re.search(rf"^\s*#\s*\|\s*(eval:\s*false|{'|'.join(flags)})\s*$", source, re.M)) or "nbdev_export(" in source
+
+class Client(NotebookClient):
+    flags: list[str] = []
+
+    async def async_execute_cell(self, cell, cell_index, **kwargs):
+        if cell.cell_type == "code" and skipped(cell.source, self.flags): return cell
+        return await super().async_execute_cell(cell, cell_index, **kwargs)
+
+def refresh(path: Path, flags: list[str]):
+    notebook, start = nbformat.read(path, 4), time.perf_counter()
+    client = Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False)
+    client.flags = flags
+    client.execute()
+    warnings = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+    for cell in notebook.cells: cell.get("metadata", {}).pop("execution", None) # times of each cell
+    notebook.metadata.pop("widgets", None)                                      # random ids, other ones each time
+    notebook.metadata.pop("language_info", None)
+    clean_nb(notebook)
+    path.write_text(nbformat.writes(notebook, 4) + "\n", encoding="utf-8")
+    print(f"{path.name}: {time.perf_counter() - start:.0f} s" + "".join(f"\n  stderr: {text.strip()[:300]}" for text in warnings), flush=True)
+
+def main():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini", encoding="utf-8")
+    os.environ["TQDM_DISABLE"] = "1" # progress bars are not part of a lesson's text
+    for name in sys.argv[1:] or sorted((ROOT/"nbs").glob("*.ipynb")): refresh(Path(name).resolve(), config["DEFAULT"]["tst_flags"].split())
+
+if __name__ == "__main__": main()

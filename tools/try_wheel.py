@@ -1,0 +1,25 @@
+"""Install a wheel into a clean virtual environment outside of the checkout, and use it there.
+
+usage: python tools/try_wheel.py dist/ddpm_tutorial-*.whl
+"""
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+def main():
+    wheel = Path(sys.argv[1]).resolve()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DDPM_"))}
+    with tempfile.TemporaryDirectory() as folder:
+        run = lambda *command: subprocess.run(command, cwd=folder, env=clean, check=True)
+        programs = Path(folder)/"venv"/"bin"
+        run(sys.executable, "-m", "venv", "venv")
+        run(programs/"python", "-m", "pip", "install", "--quiet", wheel)
+        run(programs/"ddpm_check")
+        run(programs/"ddpm_train", "--config", "tiny", "--data", "sample", "--max_steps", "3", "--no-wandb", "--output_dir", "run")
+        run(programs/"ddpm_sample", "--checkpoint", "run/checkpoints/best_model.pth", "--num_inference_steps", "3", "--output", "grid.png")
+        size = (Path(folder)/"grid.png").stat().st_size
+    print(f"{wheel.name} works in a clean environment: checked, trained, sampled ({size:,} bytes of picture)")
+
+if __name__ == "__main__": main()
