@@ -21,27 +21,30 @@ from .config import PRESETS, Config, choose_device, choose_precision, new_model,
 from .data import RAW_FILES, ImageData, batches, default_data_root, load_fashion_mnist, load_sample
 from .training import TrainState, diffusion_loss, new_state, train_steps
 
-# %% ../nbs/16_check.ipynb #ef96f716
+# %% ../nbs/16_check.ipynb #9c5ca5fa
 class CheckError(Exception):
     "A part of the pipeline that does not work on this machine."
 
 @dataclass(frozen=True)
 class CheckOptions:
     "Tries each part of the pipeline on this machine, one line each with its time."
-    config: Literal["tiny", "small", "baseline", "large"]="tiny" # preset whose model is tried
+    config: Literal[tuple(PRESETS)]="tiny" # preset whose model is tried
     data_root: Path|None=None     # folder that holds FashionMNIST/raw; default DDPM_DATA_ROOT, else data; nothing is downloaded
     device: str="auto"            # auto, cuda, cuda:1, mps or cpu
     precision: Literal["auto", "fp32", "bf16"]="auto"
     debug: bool=False             # show the traceback of an error
 
-# %% ../nbs/16_check.ipynb #1c15f181
+# %% ../nbs/16_check.ipynb #1f94ad8a
 @contextmanager
 def part(
     name: str # of the part that is tried inside the `with`
 ) -> Iterator[Callable]: # takes what there is to say
     "Prints name, time and what was said; turns whatever goes wrong into a `CheckError`."
     said, start = [], time.perf_counter()
-    try: yield said.append
+    try:
+        yield said.append
+        if torch.cuda.is_available(): torch.cuda.synchronize() # a GPU works behind Python's back: wait, so that time and blame
+        if torch.backends.mps.is_available(): torch.mps.synchronize() # fall on the part that caused them
     except Exception as error:
         print(f"FAIL  {name}", flush=True)
         kind = "" if isinstance(error, CheckError) else f"{type(error).__name__}: "

@@ -39,7 +39,7 @@ def write_atomic(
         try: os.fsync(directory) # the rename is on the disk as well
         finally: os.close(directory)
 
-# %% ../nbs/11_checkpoint.ipynb #90075388
+# %% ../nbs/11_checkpoint.ipynb #0ecbae69
 class CheckpointError(Exception):
     "A checkpoint that cannot be used; the message names the file and the reason."
 
@@ -51,7 +51,10 @@ def save_checkpoint(
     config: Config,
     best_loss: float # lowest validation loss so far; infinity before the first
 ):
-    "Everything that a run needs to go on: tensors and plain values only, so that it can be loaded with `weights_only=True`."
+    """Everything that a run needs to go on: tensors and plain values only, so that it can be loaded with `weights_only=True`.
+    Raises `FloatingPointError`, and saves nothing, if a weight is no number."""
+    if not all(p.isfinite().all() for model in (state.model, state.ema) for p in model.parameters()):
+        raise FloatingPointError(f"a weight is no number after step {state.step}, so {path.name} is not saved; lower the lr")
     values = {"format": FORMAT, "config": asdict(config), "step": state.step, "best_loss": best_loss, "model": state.model.state_dict(),
               "ema": state.ema.state_dict(), "optimizer": state.optimizer.state_dict()}
     write_atomic(path, lambda file: torch.save(values, file))
@@ -76,7 +79,7 @@ def load_checkpoint(
     try: return {**values, "config": config_from_dict(values["config"])}
     except ConfigError as error: raise CheckpointError(f"{path}: {error}") from error
 
-# %% ../nbs/11_checkpoint.ipynb #be487a2f
+# %% ../nbs/11_checkpoint.ipynb #7cdf017f
 def load_model(
     path: Path,
     *,
@@ -86,7 +89,8 @@ def load_model(
     "A trained model, ready to sample from, and its configuration. Raises `CheckpointError`."
     checkpoint = load_checkpoint(path)
     model = new_model(checkpoint["config"], device)
-    model.load_state_dict(checkpoint["ema" if use_ema else "model"])
+    try: model.load_state_dict(checkpoint["ema" if use_ema else "model"])
+    except RuntimeError as error: raise CheckpointError(f"{path}: its weights do not fit its configuration") from error
     return model.eval().requires_grad_(False), checkpoint["config"]
 
 # %% ../nbs/11_checkpoint.ipynb #2e15d956

@@ -23,7 +23,7 @@ from .scheduler import SchedulerConfig
 from .training import TrainConfig
 from .unet import UNet, UNetConfig
 
-# %% ../nbs/10_config.ipynb #42ba43e2
+# %% ../nbs/10_config.ipynb #1411a318
 class ConfigError(Exception):
     "Settings that cannot work, or do not belong together; the message names the field and what to do."
 
@@ -44,6 +44,10 @@ class Config:
             raise ValueError(f"guidance_scale must be at least 0 and finite, not {self.guidance_scale}")
         if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= self.scheduler.num_steps:
             raise ValueError(f"num_inference_steps must be in 1 ... {self.scheduler.num_steps} (num_steps), not {self.num_inference_steps}")
+
+    @property
+    def inference_steps(self) -> int: # `num_inference_steps`, or all
+        return self.num_inference_steps or self.scheduler.num_steps
 
 # %% ../nbs/10_config.ipynb #2432ff24
 def config_from_dict(
@@ -131,7 +135,7 @@ def parse_options(
     return tyro.cli(cls, prog=prog, description=cls.__doc__, args=args, config=(tyro.conf.OmitArgPrefixes,),
                     **({} if default is None else {"default": default}))
 
-# %% ../nbs/10_config.ipynb #a32442f4
+# %% ../nbs/10_config.ipynb #82bcc276
 def run_command(
     function: Callable, # called with the options
     options             # with a field `debug`
@@ -141,7 +145,7 @@ def run_command(
     except KeyboardInterrupt: sys.exit(130)
     except Exception as error:
         if options.debug: raise
-        ours = isinstance(error, ConfigError) or type(error).__module__.startswith("ddpm_tutorial.") # they say all that is needed
+        ours = isinstance(error, ConfigError) or type(error).__module__.startswith(("ddpm_tutorial.", "__main__")) # they say all that is needed
         print(f"error: {'' if ours else f'{type(error).__name__}: '}{error} (--debug shows the traceback)", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 

@@ -73,7 +73,7 @@ def choose_labels(
     n = options.num_samples or {"grid": 16, "progressive": 4}[options.mode]
     return torch.arange(n) % max(classes, 1) if options.class_label is None else torch.full((n,), options.class_label)
 
-# %% ../nbs/14_sample.ipynb #f7e3c3d4
+# %% ../nbs/14_sample.ipynb #abc04657
 def draw_samples(
     model: nn.Module,
     config: Config,
@@ -84,14 +84,14 @@ def draw_samples(
     **kwargs                    # method and precision, for `sampling_steps`
 ) -> Tensor:                    # float (n, C, H, W) on the CPU, nominally in [-1, 1]
     "Any number of samples, batch by batch, with a progress bar."
-    samples, steps = [], config.num_inference_steps or config.scheduler.num_steps
+    samples, steps = [], config.inference_steps
     with tqdm(total=-(-len(labels)//batch_size)*steps, unit="step", disable=None) as bar:
         for part in labels.split(batch_size):
             for step in sampling_steps(model, config, part, generator=generator, **kwargs): bar.update()
             samples.append(step.x.cpu())
     return torch.cat(samples)
 
-# %% ../nbs/14_sample.ipynb #180aa935
+# %% ../nbs/14_sample.ipynb #9a09ba37
 def draw_progress(
     model: nn.Module,
     config: Config,
@@ -100,7 +100,7 @@ def draw_progress(
     **kwargs          # generator, method and precision, for `sampling_steps`
 ) -> Tensor:          # uint8 (num_snapshots, n, C, H, W) on the CPU
     "The way from noise to images."
-    steps = config.num_inference_steps or config.scheduler.num_steps
+    steps = config.inference_steps
     bar = tqdm(sampling_steps(model, config, labels, **kwargs), total=steps, unit="step", disable=None)
     return to_uint8(snapshots(bar, steps, min(num_snapshots, steps))).cpu()
 
@@ -144,12 +144,14 @@ def output_file(
     label = "" if options.class_label is None else f"_{options.class_label}"
     return folder/"samples"/f"{options.mode}{label}.png"
 
-# %% ../nbs/14_sample.ipynb #d99c97cd
+# %% ../nbs/14_sample.ipynb #8bcdcf75
 def sample_to_file(
     options: SampleOptions
 ) -> Path: # the file
     "Loads, draws, writes. Raises `ConfigError` or `CheckpointError` before the first step."
     device = choose_device(options.device)
+    if not options.checkpoint.exists():
+        raise ConfigError(f"checkpoint {options.checkpoint} is not there; a run leaves its checkpoints in <output_dir>/checkpoints")
     model, config = load_model(options.checkpoint, use_ema=options.use_ema, device=device)
     if options.config: check_config(options.config, config)
     if options.guidance_scale is not None and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
@@ -167,8 +169,7 @@ def sample_to_file(
     else:
         columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
         write_samples(output, draw_samples(model, config, labels, batch_size=options.batch_size, **how), labels, columns)
-    steps = config.num_inference_steps or config.scheduler.num_steps
-    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({options.method}, {steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
+    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({options.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
           + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}): {output}")
     if options.mode == "class_grid": print("rows: " + ", ".join(config.classes))
     return output

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-# %% ../nbs/12_tracking.ipynb #6484d187
+# %% ../nbs/12_tracking.ipynb #7eb863b0
 class Tracker:
     "Writes `metrics.jsonl`, one line per call of `log`, and sends the same to a W&B run if there is one. Close it with `with`."
     def __init__(self,
@@ -29,7 +29,7 @@ class Tracker:
     ):
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush() # a run that is killed leaves whole lines
-        if self.run: self.run.log(values, step=step)
+        self.to_wandb(lambda run: run.log(values, step=step))
 
     def log_picture(self,
         step: int,
@@ -37,22 +37,33 @@ class Tracker:
         picture   # a PIL image
     ):
         "W&B only: the run keeps its pictures as files."
-        if self.run:
+        def send(run):
             import wandb
-            self.run.log({name: wandb.Image(picture)}, step=step)
+            run.log({name: wandb.Image(picture)}, step=step)
+        self.to_wandb(send)
 
     def watch(self,
         model: nn.Module,      # before it is compiled or wrapped
         everything: bool=False # also histograms of gradients and parameters, every 100 steps
     ):
         "W&B only: the graph of the model."
-        if self.run: self.run.watch(model, log="all" if everything else None, log_freq=100, log_graph=True)
+        self.to_wandb(lambda run: run.watch(model, log="all" if everything else None, log_freq=100, log_graph=True))
 
     def __enter__(self): return self
 
     def __exit__(self, kind, error, traceback):
         self.file.close()
-        if self.run: self.run.finish(exit_code=0 if kind is None else 1)
+        self.to_wandb(lambda run: run.finish(exit_code=0 if kind is None else 1))
+
+    def to_wandb(self,
+        send # called with the run, if there is one
+    ):
+        "Whatever goes wrong is one warning and the end of W&B, not of the run."
+        if self.run is None: return
+        try: send(self.run)
+        except Exception as error:
+            self.run = None
+            warnings.warn(f"W&B is gone ({type(error).__name__}: {error}); the run goes on, and metrics.jsonl has it all")
 
 # %% ../nbs/12_tracking.ipynb #c6175633
 def read_metrics(

@@ -23,17 +23,17 @@ from .data import ImageData, image_grid, load_data, to_pil, without_labels
 from .tracking import Tracker, read_metrics, start_wandb
 from .training import TrainState, learning_rate, new_state, random_generator, total_steps, train_steps, validation_loss
 
-# %% ../nbs/13_train.ipynb #84a4a482
+# %% ../nbs/13_train.ipynb #5d96a48c
 @dataclass(frozen=True)
 class TrainOptions:
     "Trains a model on images and leaves a folder with its weights, samples and metrics."
-    config: Literal["tiny", "small", "baseline", "large"]="small" # preset; the options below start from its values
+    config: Literal[tuple(PRESETS)]="small" # preset; the options below start from its values
     settings: Config=PRESETS["small"]
     output_dir: Path|None=None    # folder of the run; default outputs/v1_<config>
     data_root: Path|None=None     # folder that holds FashionMNIST/raw; default DDPM_DATA_ROOT, else data
     device: str="auto"            # auto, cuda, cuda:1, mps or cpu
     precision: Literal["auto", "fp32", "bf16"]="auto"
-    save_every: int=1000          # steps between two checkpoints
+    save_every: int=1000          # steps between two checkpoints, besides the one at the end of each epoch
     sample_every: int=5           # epochs between two pictures of samples
     log_every: int=10             # steps between two lines of metrics
     wandb: bool=True              # Weights & Biases: online with a key, offline without
@@ -52,7 +52,7 @@ class TrainOptions:
     @property
     def folder(self) -> Path: return self.output_dir or Path("outputs")/f"v1_{self.config}"
 
-# %% ../nbs/13_train.ipynb #47c0e6d7
+# %% ../nbs/13_train.ipynb #2dd8d192
 def prepare_folder(
     options: TrainOptions
 ) -> Path: # the folder
@@ -60,14 +60,12 @@ def prepare_folder(
     folder, start = options.folder, options.resume_from
     checkpoints, holds_a_run = folder/"checkpoints", (folder/"config.json").exists()
     has_latest = (checkpoints/"latest.pth").exists()
-    if holds_a_run and not has_latest and not start:
-        raise ConfigError(f"{folder} holds a run that has no checkpoint to go on from; delete it, or choose another --output_dir")
-    if holds_a_run and not (options.resume or start):
+    if holds_a_run and start: raise ConfigError(f"{folder} already holds a run, which would be written over; choose another --output_dir")
+    if holds_a_run and not has_latest: raise ConfigError(f"{folder} holds a run without a latest.pth to go on from; choose another --output_dir")
+    if holds_a_run and not options.resume:
         raise ConfigError(f"{folder} already holds a run; go on with it by --resume, or choose another --output_dir")
     if options.resume and not has_latest: raise ConfigError(f"there is nothing to resume: {checkpoints/'latest.pth'} is not there")
     if start and not start.exists(): raise ConfigError(f"resume_from {start} is not there")
-    if start and holds_a_run and start.resolve().parent != checkpoints.resolve():
-        raise ConfigError(f"{folder} already holds another run than {start}; choose another --output_dir")
     try:
         for name in ("checkpoints", "samples"): (folder/name).mkdir(parents=True, exist_ok=True)
         (folder/"samples"/".writable").touch()
@@ -86,7 +84,7 @@ def timed(
         if item is None: return
         yield item, time.perf_counter() - start
 
-# %% ../nbs/13_train.ipynb #2a776e04
+# %% ../nbs/13_train.ipynb #0b65eadc
 def sample_rows(
     model: torch.nn.Module,
     config: Config,
@@ -96,10 +94,11 @@ def sample_rows(
     "One row of samples for each class, the same noise every time."
     rows = len(config.classes) or 4
     labels = torch.arange(rows).repeat_interleave(columns)
-    for step in sampling_steps(model, config, labels, generator=random_generator(config.train.seed, 3), precision=precision): pass
+    steps = sampling_steps(model, config, labels, generator=random_generator(config.train.seed, 3), precision=precision)
+    for step in tqdm(steps, total=config.inference_steps, desc="samples", unit="step", leave=False, disable=None): pass
     return image_grid(step.x, columns, scale=2)
 
-# %% ../nbs/13_train.ipynb #b1aa5649
+# %% ../nbs/13_train.ipynb #fbbbf809
 def begin(
     options: TrainOptions,
     data: ImageData,
@@ -121,8 +120,7 @@ def begin(
     if config.train.lr_decay and total != planned:
         lr, planned_lr = learning_rate(state.step, config.train, total), learning_rate(state.step, checkpoint["config"].train, planned)
         print(f"note: {total:,} steps instead of {planned:,}, so with lr_decay the learning rate goes on at {lr:.2g} where {planned_lr:.2g} was planned")
-    has_best = (options.folder/"checkpoints"/"best_model.pth").exists() # a new folder has none to be better than
-    return config, state, checkpoint["best_loss"] if has_best else math.inf
+    return config, state, checkpoint["best_loss"] if options.resume else math.inf # a new folder has no best_model.pth to be better than
 
 # %% ../nbs/13_train.ipynb #66bcb08a
 class Run(NamedTuple):
@@ -148,7 +146,7 @@ def prepare(
     write_atomic(folder/"config.json", lambda file: file.write(json.dumps(asdict(config), indent=1).encode()))
     return Run(config, state, best_loss, data, validation, device, precision, folder)
 
-# %% ../nbs/13_train.ipynb #8bbecd34
+# %% ../nbs/13_train.ipynb #c69d9976
 def train(
     options: TrainOptions
 ) -> Path: # the folder of the run
@@ -172,11 +170,13 @@ def train(
             epoch_losses.append(record.loss)
             if record.step % options.log_every == 0:
                 images, times = map(sum, zip(*window))
-                tracker.log(record.step, epoch=record.epoch + 1, loss=record.loss, lr=record.lr, grad_norm=record.grad_norm, images_per_second=images/times)
+                tracker.log(record.step, epoch=record.epoch + 1, loss=record.loss, lr=record.lr, grad_norm=record.grad_norm,
+                            images_per_second=images/times, seconds=seconds)
                 bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
                 window = []
-            if record.step % options.save_every == 0: save("latest.pth")
-            if record.step % per_epoch and record.step < total: continue
+            if record.step % per_epoch and record.step < total:
+                if record.step % options.save_every == 0: save("latest.pth")
+                continue
 
             epoch, loss = record.epoch + 1, validation_loss(state.ema, validation, scheduler, precision=precision)
             if not math.isfinite(loss): raise FloatingPointError(f"the validation loss is {loss} at step {record.step} (lr {record.lr:g}); lower the lr")
@@ -186,11 +186,11 @@ def train(
             if loss < best_loss:
                 best_loss = loss
                 save("best_model.pth")
+            save("latest.pth")
             if epoch % options.sample_every == 0 or record.step == total:
                 picture = to_pil(sample_rows(state.ema, config, precision))
                 picture.save(folder/"samples"/f"epoch_{epoch:03}.png")
                 tracker.log_picture(record.step, "samples", picture)
-        save("latest.pth")
     print(f"samples: {folder/'samples'/f'epoch_{epoch:03}.png'}\nweights: {folder/'checkpoints'/'best_model.pth'}")
     return folder
 

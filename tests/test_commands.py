@@ -88,6 +88,37 @@ def test_a_folder_with_a_run_is_refused(run, capsys):
     assert message.count("\n") == 1 and "--resume" in message and "--output_dir" in message and "Traceback" not in message
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
+def test_going_on_from_a_checkpoint_needs_a_folder_of_its_own(run, tmp_path, capsys):
+    "`--resume_from` starts a branch elsewhere; in a folder with a run it would write over newer checkpoints."
+    args = ["--config", "tiny", *SHORT, "--no-lr_decay", "--output_dir"]
+    assert command(train, *args, tmp_path/"trunk") == 0
+    start = ["--resume_from", tmp_path/"trunk/checkpoints/best_model.pth", "--max_steps", "6"]
+    assert command(train, *args, tmp_path/"trunk", *start) == 2 and "another --output_dir" in capsys.readouterr().err
+    assert command(train, *args, tmp_path/"branch", *start) == 0
+    assert [load_checkpoint(tmp_path/name/"checkpoints/latest.pth")["step"] for name in ("trunk", "branch")] == [4, 6]
+    assert (tmp_path/"branch/checkpoints/best_model.pth").exists()
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, capsys):
+    "A learning rate beyond reason: exit code 1, one line, and no checkpoint rather than a bad one."
+    assert command(train, "--config", "tiny", *SHORT, "--lr", "1e38", "--warmup_steps", "0", "--save_every", "1", "--output_dir", tmp_path/"run") == 1
+    assert "lower the lr" in capsys.readouterr().err and not list((tmp_path/"run"/"checkpoints").iterdir())
+
+def test_weights_of_another_network_are_refused(run, tmp_path, capsys):
+    "A checkpoint whose configuration was swapped: one line."
+    values = torch.load(run/"checkpoints"/"latest.pth", weights_only=True)
+    values["config"]["model"]["base_channels"] = 32
+    torch.save(values, tmp_path/"swapped.pth")
+    assert command(sample, "--checkpoint", tmp_path/"swapped.pth") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "do not fit its configuration" in message
+
+@pytest.mark.parametrize("module", ["train", "sample", "check"])
+def test_modules_are_commands(module):
+    "`python -m` is the same as the command: a wrong device is one line and exit code 2."
+    args = ["--checkpoint", "x.pth"] if module == "sample" else []
+    done = subprocess.run([sys.executable, "-m", f"ddpm_tutorial.{module}", *args, "--device", "tpu"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: device must be") and done.stderr.count("\n") == 1
+
 def test_resuming_with_other_settings_names_them(run, capsys):
     "What may not differ is listed."
     assert command(train, "--config", "tiny", *SHORT, "--output_dir", run, "--resume", "--lr", "1e-5") == 2
@@ -112,7 +143,7 @@ def test_a_bad_value_is_answered_before_data_are_read(args, says, tmp_path, monk
 @pytest.mark.parametrize("args, code, says", [
     (["--class_label", "10"], 2, "0 ... 9"), (["--num_samples", "0"], 2, "at least 1"), (["--num_inference_steps", "201"], 2, "1 ... 200"),
     (["--output", "a.jpeg"], 2, ".png"), (["--mode", "class_grid", "--num_samples", "11"], 2, "multiple of 10"), (["--guidance_scale", "inf"], 2, "guidance_scale"),
-    (["--mode", "mosaic"], 2, "class_grid"), (["--checkpoint", "nowhere.pth"], 1, "nowhere.pth"), (["--config", "nowhere.json"], 2, "nowhere.json"),
+    (["--mode", "mosaic"], 2, "class_grid"), (["--checkpoint", "nowhere.pth"], 2, "nowhere.pth"), (["--config", "nowhere.json"], 2, "nowhere.json"),
 ])
 def test_sampling_refuses(run, args, code, says, capsys):
     "What cannot be drawn, in a line."
@@ -144,16 +175,16 @@ def test_check_prints_a_line_for_each_part(capsys):
     assert [line.split("  ")[0] for line in lines] == ["ok"]*8
     for name in ("model creation", "data", "forward pass", "loss", "sampling", "EMA"): assert any(name in line for line in lines)
 
-def loaded_modules(run, code):
+def loaded_modules(code):
     "Names of the modules that a fresh Python has loaded after `code`."
     code += "\nimport sys; print('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines())
 
-def test_commands_load_neither_wandb_nor_matplotlib(run, tmp_path):
+def test_commands_load_neither_wandb_nor_matplotlib(tmp_path):
     "Training without W&B and sampling do without both."
     short = [*SHORT, "--output_dir", str(tmp_path/"run")]
-    modules = loaded_modules(run, f"""import sys
+    modules = loaded_modules(f"""import sys
 from ddpm_tutorial import train, sample
 sys.argv = ["ddpm_train", "--config", "tiny", *{short}]
 train.ddpm_train()

@@ -1,8 +1,9 @@
 """Which share of the samples does a classifier put into the class that was asked for?
 
-usage: python tools/class_agreement.py samples.npz [--data_root DIR] [--epochs 6]
+usage: python tools/class_agreement.py samples.npz [--data_root DIR] [--epochs 6] [--classifier FILE]
 
-Trains a small classifier on the 60,000 images (minutes on two cores; kept in outputs/classifier.pth for the next call), prints its accuracy on
+Trains a small classifier on the 60,000 images (minutes on two cores; kept in FILE, by default outputs/classifier.pth, and taken from there
+the next time, whatever --epochs says), prints its accuracy on
 the 10,000 test images, and then the agreement for `samples.npz` (arr_0 uint8 [n, h, w, c], arr_1 labels: what `ddpm_sample --output x.npz`
 writes), class by class. It shares nothing with the diffusion model but the data.
 """

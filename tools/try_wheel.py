@@ -16,9 +16,9 @@ def main():
         programs = Path(folder)/"venv"/"bin"
         run(sys.executable, "-m", "venv", "venv")
         run(programs/"python", "-m", "pip", "install", "--quiet", wheel)
-        run(programs/"ddpm_check")
-        run(programs/"ddpm_train", "--config", "tiny", "--data", "sample", "--max_steps", "3", "--no-wandb", "--output_dir", "run")
-        run(programs/"ddpm_sample", "--checkpoint", "run/checkpoints/best_model.pth", "--num_inference_steps", "3", "--output", "grid.png")
+        run(programs/"ddpm_check", "--device", "cpu")
+        run(programs/"ddpm_train", "--config", "tiny", "--data", "sample", "--max_steps", "3", "--no-wandb", "--device", "cpu", "--output_dir", "run")
+        run(programs/"ddpm_sample", "--checkpoint", "run/checkpoints/best_model.pth", "--num_inference_steps", "3", "--device", "cpu", "--output", "grid.png")
         size = (Path(folder)/"grid.png").stat().st_size
     print(f"{wheel.name} works in a clean environment: checked, trained, sampled ({size:,} bytes of picture)")
 
