@@ -155,6 +155,6 @@ def ddpm_check():
     "`ddpm_check`, the same as `python -m ddpm_tutorial.check`."
     run_command(check, parse_options(CheckOptions))
 
-# %% ../nbs/16_check.ipynb #dfce0711
+# %% ../nbs/16_check.ipynb #8a93381c
 #| eval: false
-if __name__ == "__main__": ddpm_check()
+if __name__ == "__main__" and "__file__" in globals(): ddpm_check() # a notebook is `__main__` too, but no file

@@ -179,6 +179,6 @@ def ddpm_sample():
     "`ddpm_sample`, the same as `python -m ddpm_tutorial.sample`."
     run_command(sample_to_file, parse_options(SampleOptions))
 
-# %% ../nbs/14_sample.ipynb #81087b24
+# %% ../nbs/14_sample.ipynb #e0eccd2c
 #| eval: false
-if __name__ == "__main__": ddpm_sample()
+if __name__ == "__main__" and "__file__" in globals(): ddpm_sample() # a notebook is `__main__` too, but no file

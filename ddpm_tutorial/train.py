@@ -203,6 +203,6 @@ def ddpm_train():
     preset = name if name in PRESETS else "small" # a wrong name, or none, is answered with the other errors
     run_command(train, parse_options(TrainOptions, config=preset, settings=PRESETS[preset]))
 
-# %% ../nbs/13_train.ipynb #c5c4f8f3
+# %% ../nbs/13_train.ipynb #462aa56f
 #| eval: false
-if __name__ == "__main__": ddpm_train()
+if __name__ == "__main__" and "__file__" in globals(): ddpm_train() # a notebook is `__main__` too, but no file
