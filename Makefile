@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test export-check lint nbdev-test nbval unit wheel lab refresh clean
+.PHONY: help install demo test export-check lint nbdev-test nbval unit soak wheel lab refresh clean
 
 help:
 	@echo "make demo     train the tiny model on all of Fashion-MNIST (minutes on two cores), leave pictures"
 	@echo "make test     everything that must hold: export, lint, notebooks, unit tests"
+	@echo "make soak     kill a run 200 times, and look for a lost checkpoint (minutes)"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make wheel    build the package and try it in a clean environment"
 	@echo "make refresh  run the notebooks as a reader does and store their outputs"
@@ -43,8 +44,12 @@ nbdev-test: install
 nbval: install
 	DDPM_TINY=1 $(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 nbs
 
+# two at a time, each with one thread: most of these tests wait for processes, and threads that share two cores slow each other down
 unit: install
-	$(BIN)/pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests
+
+soak: install
+	OMP_NUM_THREADS=1 DDPM_KILLS=200 $(BIN)/pytest -q -rP tests/test_saves.py -k killed
 
 wheel: install
 	rm -rf dist

@@ -118,7 +118,7 @@ def check_training(
         say("follows the weights")
     return records[-1].loss
 
-# %% ../nbs/16_check.ipynb #3c19500e
+# %% ../nbs/16_check.ipynb #e0eec6a4
 def check_outputs(
     state: TrainState,
     config: Config,
@@ -127,7 +127,7 @@ def check_outputs(
 ):
     "Checkpoint, sampling. Raises `CheckError` at the first that fails."
     with part("checkpoint") as say, tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder)/"check.pth", state, config, loss)
+        save_checkpoint(Path(folder)/"check.pth", state, config, {"best_loss": loss})
         loaded, _ = load_model(Path(folder)/"check.pth", device=next(state.model.parameters()).device)
         expect(all(torch.equal(a, b) for a, b in zip(loaded.parameters(), state.ema.parameters())), "the loaded weights are not the saved ones")
         say(f"{(Path(folder)/'check.pth').stat().st_size/1e6:.1f} MB, saved and loaded")

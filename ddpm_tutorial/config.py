@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TINY', 'SMALL', 'BASELINE', 'LARGE', 'PRESETS', 'ConfigError', 'Config', 'config_from_dict', 'differences',
-           'fit_to_data', 'parse_options', 'run_command', 'choose_device', 'choose_precision', 'new_model',
-           'sampling_steps']
+           'fit_to_data', 'parse_options', 'run_command', 'choose_device', 'NotEnoughMemory', 'memory_advice',
+           'memory_mib', 'choose_precision', 'new_model', 'sampling_steps']
 
-# %% ../nbs/10_config.ipynb #8d7345a4
-import math, sys
+# %% ../nbs/10_config.ipynb #ec923dda
+import math, re, resource, sys, warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import dacite
@@ -135,19 +136,21 @@ def parse_options(
     return tyro.cli(cls, prog=prog, description=cls.__doc__, args=args, config=(tyro.conf.OmitArgPrefixes,),
                     **({} if default is None else {"default": default}))
 
-# %% ../nbs/10_config.ipynb #82bcc276
+# %% ../nbs/10_config.ipynb #85701fa1
 def run_command(
     function: Callable, # called with the options
     options             # with a field `debug`
 ):
-    "Runs a command. An error becomes one line on stderr: exit code 2 for settings, 1 for the rest, 130 after Ctrl-C."
-    try: function(options)
-    except KeyboardInterrupt: sys.exit(130)
-    except Exception as error:
-        if options.debug: raise
-        ours = isinstance(error, ConfigError) or type(error).__module__.startswith(("ddpm_tutorial.", "__main__")) # they say all that is needed
-        print(f"error: {'' if ours else f'{type(error).__name__}: '}{error} (--debug shows the traceback)", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    "Runs a command. Warnings and errors are one line each on stderr; exit code 2 for settings, 1 for the rest, 130 after Ctrl-C, 143 after SIGTERM."
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
+        try: function(options)
+        except KeyboardInterrupt as stop: sys.exit(128 + getattr(stop, "number", 2)) # 2 is the number of SIGINT
+        except Exception as error:
+            if options.debug: raise
+            ours = isinstance(error, ConfigError) or type(error).__module__.startswith(("ddpm_tutorial.", "__main__")) # they say all that is needed
+            print(f"error: {'' if ours else f'{type(error).__name__}: '}{error} (--debug shows the traceback)", file=sys.stderr)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 # %% ../nbs/10_config.ipynb #7ecc8853
 def choose_device(
@@ -159,6 +162,27 @@ def choose_device(
     if name != "cuda" and name not in there or name == "cuda" and "cuda:0" not in there:
         raise ConfigError(f"device must be auto or one of {there} on this machine, not {name!r}")
     return torch.device(name)
+
+# %% ../nbs/10_config.ipynb #b60b9285
+class NotEnoughMemory(Exception):
+    "The device is too small for the model and the batch; the message says what to lower."
+
+@contextmanager
+def memory_advice(
+    batch_size: int,
+    device: torch.device
+):
+    "Round a computation: running out of memory becomes a `NotEnoughMemory` of one line; everything else passes as it is."
+    try: yield
+    except (MemoryError, RuntimeError) as error: # the CPU's allocator raises a plain RuntimeError, as MPS does; cuBLAS says ALLOC_FAILED
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)): raise
+        lower = f"lower --batch_size to {max(1, batch_size//2)} or less, or take a smaller --config"
+        raise NotEnoughMemory(f"out of memory on {device} with batch_size {batch_size}: {lower}") from error
+
+def memory_mib() -> int:
+    "The most memory that this process has used, in MiB: the GPU's, or else the machine's."
+    if torch.cuda.is_initialized(): return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 # %% ../nbs/10_config.ipynb #641460e0
 def choose_precision(

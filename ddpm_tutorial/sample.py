@@ -6,7 +6,7 @@
 __all__ = ['SampleOptions', 'choose_labels', 'draw_samples', 'draw_progress', 'write_samples', 'write_progress', 'check_config',
            'output_file', 'sample_to_file', 'ddpm_sample']
 
-# %% ../nbs/14_sample.ipynb #b68ebe90
+# %% ../nbs/14_sample.ipynb #9492fb43
 import json, math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import load_model
-from .config import (Config, ConfigError, choose_device, choose_precision, config_from_dict, differences, parse_options,
-                                  run_command, sampling_steps)
+from .checkpoint import StopOnSignal, load_model, make_folder, write_atomic
+from .config import (Config, ConfigError, choose_device, choose_precision, config_from_dict, differences, memory_advice,
+                                  parse_options, run_command, sampling_steps)
 from .data import image_grid, to_pil, to_uint8
 from .sampler import METHODS, save_gif, snapshots
 from .training import random_generator
 
-# %% ../nbs/14_sample.ipynb #3610ace0
+# %% ../nbs/14_sample.ipynb #f79e926e
 @dataclass(frozen=True)
 class SampleOptions:
     "Draws samples from a trained model."
@@ -48,6 +48,8 @@ class SampleOptions:
     def __post_init__(self):
         for name in ("num_samples", "num_inference_steps", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be at least 0 and finite, not {self.guidance_scale}")
         if self.class_label is not None and self.class_label < 0: raise ValueError(f"class_label must be at least 0, not {self.class_label}")
         if not 0 <= self.seed < 2**31: raise ValueError(f"seed must be in 0 ... {2**31 - 1}, not {self.seed}")
         allowed = (".png", ".gif") if self.mode == "progressive" else (".png", ".npz")
@@ -91,20 +93,24 @@ def draw_samples(
             samples.append(step.x.cpu())
     return torch.cat(samples)
 
-# %% ../nbs/14_sample.ipynb #9a09ba37
+# %% ../nbs/14_sample.ipynb #24dc6b86
 def draw_progress(
     model: nn.Module,
     config: Config,
     labels: Tensor,   # (n,)
     num_snapshots: int,
-    **kwargs          # generator, method and precision, for `sampling_steps`
-) -> Tensor:          # uint8 (num_snapshots, n, C, H, W) on the CPU
+    *,
+    batch_size: int=250, # samples that are drawn together
+    **kwargs             # generator, method and precision, for `sampling_steps`
+) -> Tensor:             # uint8 (num_snapshots, n, C, H, W) on the CPU
     "The way from noise to images."
-    steps = config.inference_steps
-    bar = tqdm(sampling_steps(model, config, labels, **kwargs), total=steps, unit="step", disable=None)
-    return to_uint8(snapshots(bar, steps, min(num_snapshots, steps))).cpu()
+    steps, ways = config.inference_steps, []
+    for part in labels.split(batch_size):
+        bar = tqdm(sampling_steps(model, config, part, **kwargs), total=steps, unit="step", disable=None)
+        ways.append(to_uint8(snapshots(bar, steps, min(num_snapshots, steps))).cpu())
+    return torch.cat(ways, dim=1)
 
-# %% ../nbs/14_sample.ipynb #7b2cbd2b
+# %% ../nbs/14_sample.ipynb #ef7b45cb
 def write_samples(
     output: Path,    # .png or .npz
     samples: Tensor, # float (n, C, H, W)
@@ -112,16 +118,20 @@ def write_samples(
     columns: int     # of the picture
 ):
     "A picture, or the arrays that public evaluation scripts read: `arr_0` uint8 (n, H, W, C) and `arr_1` labels."
-    if output.suffix == ".npz": np.savez(output, arr_0=to_uint8(samples).permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
-    else: to_pil(image_grid(samples, columns, scale=2)).save(output)
+    def write(file):
+        if output.suffix == ".npz": np.savez(file, arr_0=to_uint8(samples).permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+        else: to_pil(image_grid(samples, columns, scale=2)).save(file, "png")
+    write_atomic(output, write) # the whole file or none, also after Ctrl-C
 
 def write_progress(
     output: Path,  # .png or .gif
     frames: Tensor # uint8 (frames, n, C, H, W)
 ):
     "A strip for each sample, or all of them moving."
-    if output.suffix == ".gif": save_gif(output, torch.stack([image_grid(frame, math.ceil(frame.shape[0]**0.5), scale=2) for frame in frames]))
-    else: to_pil(image_grid(frames.transpose(0, 1).flatten(0, 1), len(frames), scale=2)).save(output)
+    def write(file):
+        if output.suffix == ".gif": save_gif(file, torch.stack([image_grid(frame, math.ceil(frame.shape[0]**0.5), scale=2) for frame in frames]))
+        else: to_pil(image_grid(frames.transpose(0, 1).flatten(0, 1), len(frames), scale=2)).save(file, "png")
+    write_atomic(output, write)
 
 # %% ../nbs/14_sample.ipynb #36c261a9
 def check_config(
@@ -144,31 +154,29 @@ def output_file(
     label = "" if options.class_label is None else f"_{options.class_label}"
     return folder/"samples"/f"{options.mode}{label}.png"
 
-# %% ../nbs/14_sample.ipynb #8bcdcf75
+# %% ../nbs/14_sample.ipynb #282ec17c
 def sample_to_file(
     options: SampleOptions
 ) -> Path: # the file
-    "Loads, draws, writes. Raises `ConfigError` or `CheckpointError` before the first step."
+    "Loads, draws, writes. Raises `ConfigError` or `CheckpointError` before the first step, and `Stopped` after a signal."
     device = choose_device(options.device)
     if not options.checkpoint.exists():
         raise ConfigError(f"checkpoint {options.checkpoint} is not there; a run leaves its checkpoints in <output_dir>/checkpoints")
-    model, config = load_model(options.checkpoint, use_ema=options.use_ema, device=device)
-    if options.config: check_config(options.config, config)
-    if options.guidance_scale is not None and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
-    try: config = replace(config, **{name: value for name in ("guidance_scale", "num_inference_steps") if (value := getattr(options, name)) is not None})
-    except ValueError as error: raise ConfigError(str(error)) from error
-    labels, output = choose_labels(options, config), output_file(options)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        (output.parent/".writable").touch() # now, and not after all the drawing
-        (output.parent/".writable").unlink()
-    except OSError as error: raise ConfigError(f"cannot write to {output.parent} ({error}); choose another --output") from error
+    with StopOnSignal(), memory_advice(options.batch_size, device):
+        model, config = load_model(options.checkpoint, use_ema=options.use_ema, device=device)
+        if options.config: check_config(options.config, config)
+        if options.guidance_scale is not None and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
+        try: config = replace(config, **{name: value for name in ("guidance_scale", "num_inference_steps") if (value := getattr(options, name)) is not None})
+        except ValueError as error: raise ConfigError(str(error)) from error
+        labels, output = choose_labels(options, config), output_file(options)
+        make_folder(output.parent) # now, and not after all the drawing
 
-    how = dict(generator=random_generator(options.seed, 4), method=options.method, precision=choose_precision(options.precision, device))
-    if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix == ".gif" else 10, **how))
-    else:
-        columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
-        write_samples(output, draw_samples(model, config, labels, batch_size=options.batch_size, **how), labels, columns)
+        how = dict(generator=random_generator(options.seed, 4), batch_size=options.batch_size, method=options.method,
+                   precision=choose_precision(options.precision, device))
+        if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix == ".gif" else 10, **how))
+        else:
+            columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
+            write_samples(output, draw_samples(model, config, labels, **how), labels, columns)
     print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({options.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
           + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}): {output}")
     if options.mode == "class_grid": print("rows: " + ", ".join(config.classes))

@@ -157,7 +157,7 @@ class NoiseScheduler:
         times = torch.linspace(len(self) - 1, 0, n, dtype=torch.float64).round().long().tolist()
         return list(zip(times, times[1:] + [-1]))
 
-# %% ../nbs/05_scheduler.ipynb #90319b1d
+# %% ../nbs/05_scheduler.ipynb #91453282
 @dataclass(frozen=True)
 class SchedulerConfig:
     "Everything that decides a `NoiseScheduler`. Raises `ValueError` for what cannot be built."
@@ -166,7 +166,9 @@ class SchedulerConfig:
     prediction_type: str="epsilon"      # "epsilon", "sample" or "v_prediction"
     variance_type: str="fixed_small"    # "fixed_small" or "fixed_large"
 
-    def __post_init__(self): self.build()
+    def __post_init__(self):
+        if self.num_steps > 100_000: raise ValueError(f"num_steps must be at most 100,000, not {self.num_steps}") # before they are built
+        self.build()
 
     def build(self) -> NoiseScheduler:
         if self.schedule not in SCHEDULES: raise ValueError(f"schedule must be one of {list(SCHEDULES)}, not {self.schedule!r}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['diffusion_loss', 'drop_labels', 'random_generator', 'ema_decay', 'update_ema', 'TrainConfig', 'total_steps',
-           'learning_rate', 'TrainState', 'new_state', 'TrainStep', 'train_steps', 'validation_loss']
+           'learning_rate', 'must_be_finite', 'TrainState', 'new_state', 'TrainStep', 'train_steps', 'validation_loss']
 
 # %% ../nbs/07_training.ipynb #07-003
 import copy, math
@@ -120,6 +120,17 @@ def learning_rate(
     done = (step - config.warmup_steps)/max(1, total - config.warmup_steps)
     return config.lr * 0.5*(1 + math.cos(math.pi*done))
 
+# %% ../nbs/07_training.ipynb #f51c197a
+def must_be_finite(
+    what: str,     # e.g. "gradient"
+    value: Tensor, # one number
+    step: int,     # of the run, from 1
+    lr: float,
+    loss: Tensor   # of this step
+):
+    "Raises `FloatingPointError` with step, learning rate and loss if the value is NaN or infinite."
+    if not value.isfinite(): raise FloatingPointError(f"the {what} is {value.item()} at step {step} (lr {lr:g}, loss {loss.item():.4g}); lower the lr")
+
 # %% ../nbs/07_training.ipynb #07-058
 @dataclass
 class TrainState:
@@ -150,7 +161,7 @@ class TrainStep(NamedTuple):
     lr: float         # learning rate of this step
     grad_norm: float  # length of the gradient, before clipping
 
-# %% ../nbs/07_training.ipynb #3def7482
+# %% ../nbs/07_training.ipynb #2c621cf1
 def train_steps(
     state: TrainState,         # changed in place
     data: ImageData,
@@ -158,7 +169,7 @@ def train_steps(
     config: TrainConfig,
     precision: str="fp32"      # "fp32" or "bf16" (autocast)
 ) -> Iterator[TrainStep]:
-    "The training loop ([2006.11239](https://arxiv.org/abs/2006.11239), algorithm 1). Goes on from `state.step`; raises `FloatingPointError` before a step whose loss or gradient is no number."
+    "The training loop ([2006.11239](https://arxiv.org/abs/2006.11239), algorithm 1). Goes on from `state.step`; raises `FloatingPointError` at a step whose loss, gradient or weights are no numbers."
     device = next(state.model.parameters()).device
     null_label, total = len(data.classes), total_steps(config, len(data))
     per_epoch = math.ceil(len(data)/config.batch_size)
@@ -175,12 +186,13 @@ def train_steps(
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 losses = diffusion_loss(state.model, scheduler, x0, t=t, noise=noise, **cond)
             loss = losses.mean()
-            if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {state.step + 1} (lr {lr:g}); lower the lr")
+            must_be_finite("loss", loss, state.step + 1, lr, loss)
             state.optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-            if not grad_norm.isfinite(): raise FloatingPointError(f"the gradient is {grad_norm.item()} at step {state.step + 1} (lr {lr:g}); lower the lr")
+            must_be_finite("gradient", grad_norm, state.step + 1, lr, loss)
             state.optimizer.step()
+            must_be_finite("length of the weights", nn.utils.get_total_norm([p.detach() for p in state.model.parameters()]), state.step + 1, lr, loss)
             update_ema(state.ema, state.model, ema_decay(state.step, config.ema_decay))
             state.step += 1
             yield TrainStep(state.step, epoch, loss.item(), losses.detach(), t, lr, grad_norm.item())

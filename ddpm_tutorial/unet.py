@@ -63,7 +63,7 @@ class Upsample(nn.Conv2d):
     ):       # (B, C, H, W)
         return super().forward(F.interpolate(x, size=size, mode="nearest"))
 
-# %% ../nbs/04_unet.ipynb #3e2879f3
+# %% ../nbs/04_unet.ipynb #e7b747c5
 @dataclass(frozen=True)
 class UNetConfig:
     "Everything that decides the shape of a `UNet`. Raises `ValueError` for what cannot be built."
@@ -88,7 +88,7 @@ class UNetConfig:
 
     def __post_init__(self):
         for name in ("in_channels", "base_channels", "patch_size", "num_res_blocks", "head_dim", "num_groups"):
-            if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= 2**16: raise ValueError(f"{name} must be in 1 ... {2**16}, not {getattr(self, name)}")
         if self.num_classes < 0: raise ValueError(f"num_classes must be at least 0, not {self.num_classes}")
         if self.image_size < 8: raise ValueError(f"image_size must be at least 8, not {self.image_size}")
         if self.image_size % self.patch_size:
@@ -99,9 +99,11 @@ class UNetConfig:
             raise ValueError(f"image_size {self.image_size} is too small for {len(self.channel_multipliers)} levels: "
                              f"they would be {self.resolutions}; take fewer channel_multipliers")
         strays = set(self.attention_resolutions) - set(self.resolutions)
-        if strays: raise ValueError(f"attention_resolutions {sorted(strays)} are no level's size; the levels are {self.resolutions}")
+        if strays: raise ValueError(f"attention_resolutions {sorted(strays)} are no level's size; the levels are {self.resolutions} "
+                                     f"(image_size {self.image_size}, patch_size {self.patch_size}, {len(self.channel_multipliers)} channel_multipliers)")
         if self.attention not in ATTENTION: raise ValueError(f"attention must be one of {list(ATTENTION)}, not {self.attention!r}")
-        group_norm(self.base_channels, self.num_groups)   # all widths are multiples of the first: if this one divides, so do they
+        try: group_norm(self.base_channels, self.num_groups)   # all widths are multiples of the first: if this one divides, so do they
+        except ValueError as error: raise ValueError(f"base_channels: {error}") from error
         for size, multiplier in zip(self.resolutions, self.channel_multipliers):
             width = self.base_channels*multiplier
             if width % self.head_dim and (size in self.attention_resolutions or size == self.resolutions[-1]): # the middle always attends

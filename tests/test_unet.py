@@ -180,7 +180,7 @@ def test_a_label_is_never_ignored():
     (dict(channel_multipliers=()), "channel_multipliers must be"),
     (dict(num_classes=-1), "num_classes must be at least 0"),
     (dict(attention="none"), "attention must be one of"),
-    (dict(num_groups=0), "num_groups must be at least 1"),
+    (dict(num_groups=0), "num_groups must be in 1"),
 ])
 def test_what_cannot_be_built_is_refused(settings, message):
     "When the config is made, naming the field."

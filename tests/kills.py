@@ -1,0 +1,95 @@
+"""Kills a run that saves at every step, again and again, at random moments, and looks at what is left. Prints a line of JSON.
+
+usage: OMP_NUM_THREADS=1 python tests/kills.py KILLS FOLDER
+"""
+import json
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.figure # noqa: F401  these two take seconds; the forks have them for nothing
+import torch._dynamo # noqa: F401
+
+from ddpm_tutorial import train as product
+from ddpm_tutorial.checkpoint import load_checkpoint, load_latest
+from ddpm_tutorial.config import PRESETS
+from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.unet import UNetConfig
+
+TIMES = {"seconds", "images_per_second", "memory_mib"} # what differs between two equal runs
+STEPS = 8 # for each kill; a process is killed before it has taken so many
+
+def options(folder, steps):
+    "A dwarf of a network, a validation and a picture now and then, a save at every step."
+    network = UNetConfig(base_channels=16, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(), num_groups=8, head_dim=16)
+    settings = replace(PRESETS["tiny"], model=network, data="sample", num_inference_steps=1)
+    settings = replace(settings, train=replace(settings.train, epochs=1000, max_steps=steps, batch_size=16))
+    return product.TrainOptions(config="tiny", settings=settings, output_dir=folder, wandb=False, save_every=1, log_every=1, sample_every=3, device="cpu",
+                                precision="fp32", resume=(folder/"checkpoints"/"latest.pth").exists())
+
+def start(folder, steps):
+    "Forks a run: torch need not be imported again."
+    if child := os.fork(): return child
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    original, sync, rename = product.save_run, os.fsync, os.replace
+    os.fsync = lambda file: (time.sleep(0.01), sync(file)) # a slow disk: more kills fall into a save
+    os.replace = lambda *names: (time.sleep(0.003), rename(*names))
+    def save_run(folder, state, *args, **kwargs):
+        saved = original(folder, state, *args, **kwargs)
+        if saved: (folder.parent/"saved").write_text(str(state.step)) # from now on this step must not be lost
+        return saved
+    product.save_run = save_run
+    code = 1
+    try:
+        product.train(options(folder, steps))
+        code = 0
+    finally: os._exit(code)
+
+def finish(folder, steps):
+    "A run, or the rest of it, to its end."
+    assert os.waitpid(start(folder, steps), 0)[1] == 0, "the run did not end well"
+
+def lines(folder):
+    "What the run wrote, without times and starts."
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(folder) if "started" not in line]
+
+def main(kills, folder):
+    warnings.simplefilter("error") # no damaged checkpoint may ever be seen
+    steps, dice, broken, killed = kills*STEPS, random.Random(0), folder/"broken", []
+    begin = time.perf_counter()
+    finish(folder/"unbroken", steps)
+    a_step = (time.perf_counter() - begin)/steps
+    newest, half = 0, 0
+    while len(killed) < kills:
+        child, deadline, lifetime = start(broken, steps), time.monotonic() + 60, dice.uniform(0, 0.8*STEPS*a_step)
+        size = lambda: (broken/"metrics.jsonl").stat().st_size if (broken/"metrics.jsonl").exists() else 0
+        before = size()
+        while size() == before and time.monotonic() < deadline: time.sleep(0.001) # until it is at work
+        time.sleep(lifetime)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it had ended before it was killed"
+        half += any((broken/"checkpoints").glob("*.partial"))
+        saved = int((broken/"saved").read_text() or 0) if (broken/"saved").exists() else 0
+        if (broken/"checkpoints"/"latest.pth").exists():
+            for path in (broken/"checkpoints").glob("*.pth"): load_checkpoint(path)
+            step = load_latest(broken/"checkpoints")[1]["step"]
+            assert step >= max(newest, saved), f"step {max(newest, saved)} was saved, and the newest checkpoint is of step {step}"
+            newest = step
+        else: assert not saved, "the first checkpoint is lost"
+        killed.append(newest)
+    finish(broken, steps)
+    one, other = (load_checkpoint(run/"checkpoints"/"latest.pth") for run in (folder/"unbroken", broken))
+    print(json.dumps({"kills": kills, "in_a_save": half, "lost": 0, "steps": steps, "step_at_last_kill": newest, "same_weights": equal(one, other),
+                      "same_metrics": lines(folder/"unbroken") == lines(broken), "left_over": len(list(broken.rglob("*.partial")))}))
+
+def equal(one, other):
+    "Weights, averaged weights and optimizer, to the last bit; the number of seconds is not looked at."
+    from ddpm_tutorial.checkpoint import tensors_in
+    return all((a == b).all() for a, b in zip(tensors_in(one), tensors_in(other), strict=True)) and one["step"] == other["step"]
+
+if __name__ == "__main__": main(int(sys.argv[1]), Path(sys.argv[2]))

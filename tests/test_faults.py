@@ -1,0 +1,398 @@
+"""What goes wrong with a run goes wrong in earnest here: signals, kills, limits, numbers that are none, folders in use. What a run has learned stays."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ddpm_tutorial.checkpoint import load_checkpoint, load_latest, tensors_in
+from ddpm_tutorial.tracking import read_metrics
+from processes import Launcher, assert_same, lines, newest, own_images, tiny, until
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes and signals of Unix")
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory):
+    with Launcher(tmp_path_factory.mktemp("processes")) as launcher: yield launcher
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory): return own_images(tmp_path_factory.mktemp("data")/"own.npz")
+
+@pytest.fixture(scope="module")
+def whole(launcher, data, tmp_path_factory):
+    "The folder of a run that nothing happened to."
+    folder = tmp_path_factory.mktemp("runs")/"whole"
+    assert launcher.run(tiny(data, folder, "--epochs", 2)) == (0, "")
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10] # and one for each epoch
+    return folder
+
+def send(process, number, group):
+    "A signal to the process, or to all of its group; then it may go on, if it still wants to."
+    (os.killpg if group else os.kill)(process.pid, number)
+    process.go()
+
+def one_error(err, *says):
+    "One line that begins with `error: ` and holds what it should, and no traceback."
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(part in errors[0] for part in says) and "Traceback" not in err, err
+    return True
+
+def nothing_half(folder): return not list(folder.rglob("*.partial"))
+
+PHASES = { # where the run is when the signal comes: the call that waits for it, and the step that must be saved
+    "a step": ("pause(training, 'diffusion_loss', 4)", 4),                        # finishes the step first
+    "between forward and update": ("pause(training.nn.utils, 'clip_grad_norm_', 3)", 3),
+    "validation": ("pause(train, 'validation_loss')", 5),
+    "sampling": ("pause(scheduler.NoiseScheduler, 'posterior', 2)", 5),           # the second of two steps of the sampler
+    "a save": ("pause(checkpoint.torch, 'save', 2)", 4),
+    "a rename": ("pause(checkpoint.os, 'replace', 4)", 4),                        # config.json was the first, step 2 the next two
+    "the save of an epoch": ("pause(tracking.Tracker, 'log_picture')", 5),
+    "the last validation": ("pause(train, 'validation_loss', 2)", 10),
+    "the last sampling": ("pause(scheduler.NoiseScheduler, 'posterior', 4)", 10),
+}
+
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal(launcher, data, whole, tmp_path, phase, group):
+    "Saves, and ends within 10 s with the exit code of the signal; the run that goes on is to the last bit the one that was never stopped."
+    before, step = PHASES[phase]
+    number = (signal.SIGINT, signal.SIGTERM)[(list(PHASES).index(phase) + group) % 2]
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), before)
+    process.waits()
+    logged = max(line["step"] for line in read_metrics(tmp_path/"run"))
+    send(process, number, group)
+    assert process.wait(10) == 128 + number and "Traceback" not in process.err, process.err
+    assert "go on by --resume" in process.err and nothing_half(tmp_path/"run")
+    assert newest(tmp_path/"run")["step"] == step >= logged
+    assert launcher.run(tiny(data, tmp_path/"run", "--epochs", 2, "--resume")) == (0, "")
+    assert_same(tmp_path/"run", whole)
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step(launcher, data, whole, tmp_path, number):
+    "Nothing is lost, for there is nothing: the same command begins again."
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(train, 'load_data')")
+    process.waits()
+    send(process, number, True)
+    assert process.wait(10) == 128 + number and "Traceback" not in process.err
+    assert launcher.run(tiny(data, tmp_path/"run", "--epochs", 2)) == (0, "")
+    assert_same(tmp_path/"run", whole)
+
+def test_a_signal_after_the_last_save(launcher, data, whole, tmp_path):
+    "While the report is made: all is saved, and nothing is left to do."
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(train, 'write_report', 2)")
+    process.waits()
+    send(process, signal.SIGTERM, True)
+    assert process.wait(10) == 143 and "Traceback" not in process.err
+    assert_same(tmp_path/"run", whole)
+    code, err = launcher.run(tiny(data, tmp_path/"run", "--epochs", 2, "--resume"))
+    assert code == 2 and one_error(err, "nothing is left to do")
+
+def test_a_signal_while_wandb_is_at_work(launcher, data, whole, tmp_path):
+    "Its service is in the group and gets the signal, too: the run saves and ends all the same."
+    args = [arg for arg in tiny(data, tmp_path/"run", "--epochs", 2) if arg != "--no-wandb"]
+    process = launcher.start(args, f"os.environ.update(WANDB_MODE='offline', HOME={str(tmp_path)!r}); pause(training, 'diffusion_loss', 4)")
+    process.waits()
+    send(process, signal.SIGINT, True)
+    assert process.wait(10) == 130 and "Traceback" not in process.err, process.err
+    assert newest(tmp_path/"run")["step"] == 4
+    assert launcher.run(tiny(data, tmp_path/"run", "--epochs", 2, "--resume")) == (0, "")
+    assert_same(tmp_path/"run", whole)
+
+@pytest.mark.parametrize("number, mode", [(signal.SIGINT, "grid"), (signal.SIGTERM, "progressive")])
+def test_a_signal_to_the_sampling_command(launcher, whole, tmp_path, number, mode):
+    "Ends within 10 s and leaves no file."
+    args = ["--checkpoint", whole/"checkpoints"/"best_model.pth", "--device", "cpu", "--mode", mode, "--output", tmp_path/"new"/"a.png"]
+    for before in ("pause(scheduler.NoiseScheduler, 'posterior', 2)", "pause(checkpoint.os, 'fsync')"): # while it draws, while it writes
+        process = launcher.start(args, before, "sample")
+        process.waits()
+        send(process, number, number == signal.SIGINT)
+        assert process.wait(10) == 128 + number and process.err == "" and not list((tmp_path/"new").iterdir())
+
+LONG = """
+def compute(): # one call that lasts minutes, in which Python can do nothing
+    x = checkpoint.torch.rand(6000, 6000)
+    (folder/"waits").touch()
+    checkpoint.torch.linalg.eigvals(x)
+pause(training, 'diffusion_loss', 4, compute)
+"""
+
+@pytest.mark.parametrize("before", [LONG, "pause(training, 'diffusion_loss', 4)", "pause(checkpoint.os, 'fsync', 5)"], ids=["C", "a step", "a save"])
+def test_a_second_signal_ends_it_at_once(launcher, data, tmp_path, before):
+    "Whatever it is in; the checkpoint before is whole."
+    process = launcher.start(tiny(data, tmp_path/"run"), before)
+    process.waits()
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(1) is None # it wants to finish what it is in; and this is longer than an echo takes
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(10) == 143 and "Traceback" not in process.err
+    assert newest(tmp_path/"run")["step"] == 2 and launcher.run(tiny(data, tmp_path/"run", "--max_steps", 3, "--no-lr_decay", "--resume"))[0] in (0, 2)
+
+def test_an_echo_is_no_second_signal(launcher, data, tmp_path):
+    "A terminal sends to all, and a launcher passes on what it gets: both at once is one, and the run saves."
+    process = launcher.start(tiny(data, tmp_path/"run"), "pause(training, 'diffusion_loss', 4)")
+    process.waits()
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
+    process.go()
+    assert process.wait(10) in (130, 143) and newest(tmp_path/"run")["step"] == 4
+
+def test_two_runs_in_one_folder(launcher, data, whole, tmp_path):
+    "The second is refused and the first does not notice, wherever it is; after a kill the folder is free again."
+    args = tiny(data, tmp_path/"run", "--epochs", 2)
+    for before, says, more in (("pause(checkpoint.os, 'replace')", "another run is at work in", []), # in the middle of writing config.json
+                               ("pause(training, 'diffusion_loss', 4)", "another run is at work in", ["--resume"]),
+                               ("pause(checkpoint.os, 'replace', 4)", "already holds a run", []), # in a save
+                               ("pause(checkpoint.os, 'replace', 4)", "another run is at work in", ["--resume"])):
+        shutil.rmtree(tmp_path/"run", ignore_errors=True)
+        first = launcher.start(args, before)
+        first.waits()
+        code, err = launcher.run([*args, *more])
+        assert code == 2 and one_error(err, says, str(tmp_path/"run"))
+        first.go()
+        assert first.wait() == 0 and first.err == ""
+        assert_same(tmp_path/"run", whole)
+    shutil.rmtree(tmp_path/"run")
+    first = launcher.start(args, "pause(training, 'diffusion_loss', 4)")
+    first.waits()
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL and launcher.run([*args, "--resume"]) == (0, "")
+    assert_same(tmp_path/"run", whole)
+
+def test_samples_of_a_run_that_is_at_work(launcher, data, whole, tmp_path):
+    "Another process may draw into the folder of a run, whatever this one is writing there."
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(checkpoint.os, 'replace', 6)") # of samples/epoch_001.png
+    process.waits()
+    assert (tmp_path/"run"/"samples"/"epoch_001.png.partial").exists()
+    code, err = launcher.run(["--checkpoint", tmp_path/"run"/"checkpoints"/"latest.pth", "--device", "cpu", "--num_samples", 1], module="sample")
+    process.go()
+    assert (code, err) == (0, "") and process.wait() == 0 and process.err == ""
+    assert_same(tmp_path/"run", whole)
+
+def test_sampling_leaves_the_files_of_others(launcher, whole, tmp_path):
+    "Whatever they are called: a browser's half downloads, say."
+    (tmp_path/"film.mp4.partial").write_bytes(b"half")
+    args = ["--checkpoint", whole/"checkpoints"/"latest.pth", "--device", "cpu", "--num_samples", 1, "--output", tmp_path/"a.png"]
+    assert launcher.run(args, module="sample") == (0, "") and sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "film.mp4.partial"]
+
+def test_a_folder_that_is_not_there_or_not_writable(launcher, data, whole, tmp_path):
+    "Missing ones are made; where none can be made, that is said before data are read, by both commands."
+    (tmp_path/"file").touch()
+    places = [tmp_path/"file"/"run", tmp_path/"file"]
+    if os.getuid():
+        (tmp_path/"closed").mkdir(mode=0o500)
+        places.append(tmp_path/"closed")
+    for place in places:
+        code, err = launcher.run(tiny(data, place), "pause(train, 'load_data', hold=lambda: os._exit(77))")
+        assert code == 2 and one_error(err, "cannot write to", str(place), "choose another folder")
+    code, err = launcher.run(["--checkpoint", whole/"checkpoints"/"latest.pth", "--device", "cpu", "--output", tmp_path/"file"/"a.png"],
+                             "pause(sample, 'sampling_steps', hold=lambda: os._exit(77))", "sample")
+    assert code == 2 and one_error(err, "cannot write to", str(tmp_path/"file"))
+    assert launcher.run(tiny(data, tmp_path/"a"/"b"/"c", "--max_steps", 1)) == (0, "") and newest(tmp_path/"a"/"b"/"c")["step"] == 1
+
+def test_after_a_kill_before_the_first_checkpoint(launcher, data, whole, tmp_path):
+    "The folder can be used again, and what was left half-written is swept up."
+    args = tiny(data, tmp_path/"run", "--epochs", 2)
+    process = launcher.start(args, "pause(checkpoint.os, 'replace', 2)")
+    process.waits()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not nothing_half(tmp_path/"run") and (tmp_path/"run"/"config.json").exists()
+    for name in ("config.json", "metrics.jsonl", "checkpoints/best_model.pth", "samples/epoch_001.png"): (tmp_path/"run"/f"{name}.partial").write_bytes(b"half")
+    code, err = launcher.run([*args, "--resume"])
+    assert code == 2 and one_error(err, "nothing to resume")
+    assert launcher.run(args) == (0, "") and nothing_half(tmp_path/"run")
+    assert_same(tmp_path/"run", whole)
+
+def test_killed_between_the_line_of_an_epoch_and_its_save(launcher, data, whole, tmp_path):
+    "Stopped in a validation, taken up again and killed when its line is written and its checkpoint is not: the line is there once."
+    args = tiny(data, tmp_path/"run", "--epochs", 2)
+    process = launcher.start(args, "pause(train, 'validation_loss')")
+    process.waits()
+    send(process, signal.SIGTERM, False)
+    assert process.wait(10) == 143
+    process = launcher.start([*args, "--resume"], "pause(checkpoint.torch, 'save')")
+    process.waits()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and "validation_loss" in lines(tmp_path/"run")[-1]
+    assert launcher.run([*args, "--resume"]) == (0, "")
+    assert_same(tmp_path/"run", whole)
+
+LIMIT = """
+import resource
+used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + {mib}*2**20, resource.RLIM_INFINITY))
+"""
+linux = pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory is Linux's")
+
+@linux
+def test_out_of_memory_in_training(launcher, tmp_path):
+    "In whatever operation: exit code 1, one line with batch size, device and what to lower; the checkpoint of the step before is as it was."
+    args = tiny("sample", tmp_path/"run", "--batch_size", 1000, "--no-lr_decay")
+    assert launcher.run([*args, "--max_steps", 1]) == (0, "")
+    before = (tmp_path/"run"/"checkpoints"/"latest.pth").read_bytes()
+    for mib in (25, 40, 50, *range(60, 90, 4), 100, 150, 200, 300): # at about 70 oneDNN is the one that gets none
+        code, err = launcher.run([*args, "--max_steps", 3, "--resume"], LIMIT.format(mib=mib))
+        assert code == 1 and one_error(err, "out of memory on cpu with batch_size 1000", "lower --batch_size to 500 or less", "smaller --config"), (mib, err)
+        assert (tmp_path/"run"/"checkpoints"/"latest.pth").read_bytes() == before and nothing_half(tmp_path/"run")
+
+@linux
+def test_out_of_memory_in_sampling(launcher, whole, tmp_path):
+    "The same for the command that draws, and no file."
+    args = ["--checkpoint", whole/"checkpoints"/"latest.pth", "--device", "cpu", "--num_samples", 50_000, "--batch_size", 50_000, "--output", tmp_path/"new"/"a.npz"]
+    code, err = launcher.run(args, LIMIT.format(mib=300), "sample")
+    assert code == 1 and one_error(err, "out of memory on cpu with batch_size 50000", "lower --batch_size to 25000 or less") and not list((tmp_path/"new").iterdir())
+
+SPOIL = { # at step 4 something is no number
+    "loss": "def spoil(losses, n): return losses*value if n == 4 else losses\nafter(training, 'diffusion_loss', spoil)",
+    "gradient": """def spoil(losses, n):
+    if n == 4: losses.register_hook(lambda gradient: gradient*value)
+    return losses
+after(training, 'diffusion_loss', spoil)""",
+    "length of the weights": """def spoil(result, n):
+    if n == 4: next(p for p in state.model.parameters()).data.view(-1)[3] = value
+    return result
+def remember(made, n):
+    global state
+    state = made
+    step = state.optimizer.step
+    def then(*args, **kwargs):
+        step(*args, **kwargs)
+        spoil(None, state.step + 1)
+    state.optimizer.step = then
+    return made
+after(train, 'new_state', remember)""",
+}
+AFTER = """
+def after(place, name, change):
+    original, calls = getattr(place, name), iter(range(1, 10**9))
+    setattr(place, name, lambda *args, **kwargs: change(original(*args, **kwargs), next(calls)))
+value = float({value!r})
+"""
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("what", SPOIL)
+def test_no_number(launcher, data, whole, tmp_path, what, value):
+    "Stops at that step with step, learning rate and loss; nothing that is no number is in any file, and the run goes on from the save before."
+    args = tiny(data, tmp_path/"run", "--epochs", 2)
+    code, err = launcher.run(args, AFTER.format(value=value) + SPOIL[what])
+    assert code == 1 and one_error(err, f"the {what} is", "at step 4 (lr ", "loss ", "lower the lr")
+    assert all(tensor.isfinite().all() for path in (tmp_path/"run"/"checkpoints").glob("*.pth") for tensor in tensors_in(load_checkpoint(path)))
+    assert not {"NaN", "Infinity"} & set((tmp_path/"run"/"metrics.jsonl").read_text().replace(",", " ").replace("}", " ").split())
+    assert newest(tmp_path/"run")["step"] == 2 and (tmp_path/"run"/"report.html").exists()
+    assert launcher.run([*args, "--resume"]) == (0, "")
+    assert_same(tmp_path/"run", whole)
+
+def test_no_number_in_the_validation(launcher, data, tmp_path):
+    "The same; neither a checkpoint nor a line of that epoch."
+    code, err = launcher.run(tiny(data, tmp_path/"run"), AFTER.format(value="nan") + "after(train, 'validation_loss', lambda loss, n: value)")
+    assert code == 1 and one_error(err, "the validation loss is nan at step 5", "lower the lr")
+    assert newest(tmp_path/"run")["step"] == 4 and not any("validation_loss" in line for line in lines(tmp_path/"run"))
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    "The run that may be spoilt."
+    shutil.copytree(whole, tmp_path/"copy")
+    for path in (tmp_path/"copy"/"checkpoints").glob("*.pth"): path.write_bytes(path.read_bytes())
+    return tmp_path/"copy"
+
+def refused(launcher, args, *says, before="pause(train, 'load_data', hold=lambda: os._exit(77))"):
+    "Exit code 2 before data are read, and one line."
+    code, err = launcher.run(args, before)
+    assert code == 2 and one_error(err, *says), (code, err)
+
+def test_a_resume_with_other_settings_is_refused(launcher, data, copy, tmp_path):
+    "Before data are read the fields are named; what has to do with length, saving and watching may differ."
+    kept = (copy/"checkpoints"/"latest.pth").read_bytes()
+    for way in (["--resume"], ["--resume_from", copy/"checkpoints"/"best_model.pth", "--output_dir", tmp_path/"branch"]):
+        args = lambda *more: [*tiny(data, copy, "--epochs", 2), *more, *way]
+        refused(launcher, args("--lr", 1e-4, "--base_channels", 32), "another model.base_channels, train.lr;")
+        refused(launcher, args("--precision", "bf16"), "another precision;")
+        refused(launcher, args("--num_inference_steps", 3, "--guidance_scale", 4, "--schedule", "linear"), "another guidance_scale, num_inference_steps, scheduler.schedule;")
+    own_images(tmp_path/"more.npz", 41)
+    data_before = data.read_bytes()
+    try:
+        shutil.copy(tmp_path/"more.npz", data) # the same file name, and other images in it
+        refused(launcher, tiny(data, copy, "--epochs", 3, "--resume"), "other data (36 images, here 37)", before="")
+    finally: data.write_bytes(data_before)
+    assert (copy/"checkpoints"/"latest.pth").read_bytes() == kept
+    may_differ = ["--max_steps", 11, "--save_every", 3, "--log_every", 2, "--sample_every", 2, "--resume"]
+    code, err = launcher.run(tiny(data, copy, "--epochs", 3, *may_differ), "os.environ.update(WANDB_MODE='disabled')")
+    assert (code, err) == (0, "") and newest(copy)["step"] == 11
+
+def altered(path, **changes):
+    values = torch.load(path, weights_only=True)
+    path.unlink() # its other names keep the old file
+    torch.save({**values, **changes}, path)
+
+def test_a_newer_format_is_refused(launcher, data, copy):
+    "And no older checkpoint is taken in its place."
+    altered(copy/"checkpoints"/"latest.pth", format=99)
+    code, err = launcher.run(tiny(data, copy, "--epochs", 3, "--resume"), "pause(train, 'load_data', hold=lambda: os._exit(77))")
+    assert code == 1 and one_error(err, "latest.pth", "newer version", "update the package")
+
+def test_weights_that_do_not_fit(launcher, data, copy):
+    "Of another network, or an optimizer's: refused, nothing is loaded in part."
+    for part in ("model", "ema", "optimizer"):
+        values = torch.load(copy/"checkpoints"/"step_00000008.pth", weights_only=True)
+        spoilt = values[part]["state"] if part == "optimizer" else values[part]
+        spoilt.pop(list(spoilt)[0])
+        altered(copy/"checkpoints"/"latest.pth", step=8, **{part: values[part]})
+        code, err = launcher.run(tiny(data, copy, "--epochs", 2, "--resume"))
+        assert code == 1 and one_error(err, "latest.pth", "does not fit"), (part, code, err)
+
+def test_a_damaged_checkpoint(launcher, data, whole, copy, tmp_path):
+    "`--resume` takes the one before, with one warning; `--resume_from` does not."
+    latest = copy/"checkpoints"/"latest.pth"
+    for name in ("latest.pth", "step_00000010.pth"): (copy/"checkpoints"/name).unlink()
+    latest.write_bytes((whole/"checkpoints"/"latest.pth").read_bytes()[:-300])
+    before = [line for line in lines(copy) if line["step"] <= 8]
+    code, err = launcher.run(tiny(data, tmp_path/"branch", "--epochs", 2, "--resume_from", latest))
+    assert code == 1 and one_error(err, str(latest), "damaged") and not list((tmp_path/"branch").rglob("*.pth"))
+    code, err = launcher.run(tiny(data, copy, "--epochs", 2, "--resume"))
+    assert code == 0 and len(err.splitlines()) == 1 and err.startswith("warning: ") and str(latest) in err and "trying the one before" in err, err
+    assert lines(copy)[:len(before)] == before
+    assert_same(copy, whole)
+
+@pytest.mark.parametrize("stops", [[3], [5], [6], [2, 7], [5, 10], [1, 2, 3]], ids=str)
+def test_stopped_and_taken_up_again(launcher, data, whole, tmp_path, stops):
+    "Killed at the start of the step after each of these, in mid-epoch and at an edge: bit for bit the run that was never stopped, each step once."
+    args = [*tiny(data, tmp_path/"run", "--epochs", 2), "--save_every", 1]
+    begin = 0
+    for stop in stops:
+        place = f"pause(train, 'write_report', {1 + (begin < 5)})" if stop == 10 else f"pause(training, 'drop_labels', {stop - begin + 1})"
+        process = launcher.start([*args, *["--resume"]*(begin > 0)], place)
+        process.waits()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        begin = stop
+    if stops[-1] < 10: assert launcher.run([*args, "--resume"]) == (0, "")
+    assert_same(tmp_path/"run", whole)
+
+@pytest.mark.parametrize("module", ["train", "sample"])
+def test_debug_shows_the_traceback(launcher, data, tmp_path, module):
+    "And without it there is none, for an error that nobody foresaw."
+    (tmp_path/"x.pth").write_bytes(b"")
+    args = tiny(data, tmp_path/"run") if module == "train" else ["--checkpoint", tmp_path/"x.pth", "--device", "cpu", "--output", tmp_path/"a.png"]
+    before = "def fail(*_, **__): raise ZeroDivisionError('nobody foresaw it')\n" + ("train.validation_loss = fail" if module == "train" else "sample.load_model = fail")
+    code, err = launcher.run(args, before, module)
+    assert code == 1 and one_error(err, "ZeroDivisionError: nobody foresaw it", "--debug")
+    shutil.rmtree(tmp_path/"run", ignore_errors=True)
+    code, err = launcher.run([*args, "--debug"], before, module)
+    assert code == 1 and "Traceback" in err and "nobody foresaw it" in err
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_as_typed(data, tmp_path, number):
+    "`python -m ddpm_tutorial.train` in a process group of its own, without any trick: the signal comes when it is well at work."
+    args = tiny(data, tmp_path/"run", "--epochs", 100_000)
+    process = subprocess.Popen([sys.executable, "-m", "ddpm_tutorial.train", *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    step = lambda: len([line for line in lines(tmp_path/"run") if "loss" in line]) if (tmp_path/"run"/"metrics.jsonl").exists() else 0
+    until(lambda: step() > 12 or process.poll() is not None)
+    logged, sent = step(), time.monotonic()
+    os.killpg(process.pid, number)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and time.monotonic() - sent < 10 and "Traceback" not in err, err
+    assert load_latest(tmp_path/"run"/"checkpoints")[1]["step"] >= logged > 12
