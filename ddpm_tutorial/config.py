@@ -163,25 +163,26 @@ def choose_device(
         raise ConfigError(f"device must be auto or one of {there} on this machine, not {name!r}")
     return torch.device(name)
 
-# %% ../nbs/10_config.ipynb #b60b9285
+# %% ../nbs/10_config.ipynb #0915c4ca
 class NotEnoughMemory(Exception):
     "The device is too small for the model and the batch; the message says what to lower."
 
 @contextmanager
 def memory_advice(
+    device: torch.device,
     batch_size: int,
-    device: torch.device
+    otherwise: str="" # what else helps, e.g. ", or take a smaller --config"
 ):
     "Round a computation: running out of memory becomes a `NotEnoughMemory` of one line; everything else passes as it is."
     try: yield
     except (MemoryError, RuntimeError) as error: # the CPU's allocator raises a plain RuntimeError, as MPS does; cuBLAS says ALLOC_FAILED
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)): raise
-        lower = f"lower --batch_size to {max(1, batch_size//2)} or less, or take a smaller --config"
+        lower = f"lower --batch_size to {max(1, batch_size//2)} or less{otherwise}"
         raise NotEnoughMemory(f"out of memory on {device} with batch_size {batch_size}: {lower}") from error
 
 def memory_mib() -> int:
-    "The most memory that this process has used, in MiB: the GPU's, or else the machine's."
-    if torch.cuda.is_initialized(): return torch.cuda.max_memory_allocated() >> 20
+    "The most memory that this process has used, in MiB: on the GPU, or else in main memory."
+    if torch.cuda.is_initialized(): return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 # %% ../nbs/10_config.ipynb #641460e0

@@ -67,7 +67,7 @@ def process_group(
     gc.collect() # a wrapped model that is still there keeps gloo's threads alive, which can crash Python's exit
     dist.destroy_process_group() # not after an error: it would wait for processes that are gone
 
-# %% ../nbs/09_parallel.ipynb #f89005c6
+# %% ../nbs/09_parallel.ipynb #5f3e5c16
 class PeerLost(Exception):
     "Another process of the group is gone."
 
@@ -76,5 +76,5 @@ def notice_lost_peers():
     "Round a step: the error of a broken connection becomes `PeerLost`. The step was not taken: the gradients are exchanged before the update."
     try: yield
     except RuntimeError as error:
-        if not re.search("[Cc]onnection (closed|reset|refused)|by peer|NCCL", str(error)): raise
+        if not re.search("[Cc]onnection (closed|reset|refused)|by peer|ncclRemoteError|NCCL communicator was aborted", str(error)): raise
         raise PeerLost("another process of this run is gone; go on by --resume") from error

@@ -154,15 +154,15 @@ def output_file(
     label = "" if options.class_label is None else f"_{options.class_label}"
     return folder/"samples"/f"{options.mode}{label}.png"
 
-# %% ../nbs/14_sample.ipynb #282ec17c
+# %% ../nbs/14_sample.ipynb #c7522518
 def sample_to_file(
     options: SampleOptions
 ) -> Path: # the file
-    "Loads, draws, writes. Raises `ConfigError` or `CheckpointError` before the first step, and `Stopped` after a signal."
+    "Loads, draws, writes. Raises `ConfigError` or `CheckpointError` before the first step, `NotEnoughMemory`, and `Stopped` after a signal."
     device = choose_device(options.device)
     if not options.checkpoint.exists():
         raise ConfigError(f"checkpoint {options.checkpoint} is not there; a run leaves its checkpoints in <output_dir>/checkpoints")
-    with StopOnSignal(), memory_advice(options.batch_size, device):
+    with StopOnSignal():
         model, config = load_model(options.checkpoint, use_ema=options.use_ema, device=device)
         if options.config: check_config(options.config, config)
         if options.guidance_scale is not None and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
@@ -173,10 +173,11 @@ def sample_to_file(
 
         how = dict(generator=random_generator(options.seed, 4), batch_size=options.batch_size, method=options.method,
                    precision=choose_precision(options.precision, device))
-        if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix == ".gif" else 10, **how))
-        else:
-            columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
-            write_samples(output, draw_samples(model, config, labels, **how), labels, columns)
+        with memory_advice(device, min(options.batch_size, len(labels))):
+            if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix == ".gif" else 10, **how))
+            else:
+                columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
+                write_samples(output, draw_samples(model, config, labels, **how), labels, columns)
     print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({options.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
           + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}): {output}")
     if options.mode == "class_grid": print("rows: " + ", ".join(config.classes))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISE_LEVELS', 'PROJECT', 'keep_lines', 'within', 'let_go_of_wandb', 'Tracker', 'read_metrics', 'timed', 'Progress',
-           'draw_curves', 'write_report', 'start_wandb']
+           'draw_curves', 'write_report', 'try_report', 'start_wandb']
 
 # %% ../nbs/12_tracking.ipynb #adc0f537
 import base64, html, io, json, math, os, secrets, threading, time, warnings
@@ -17,7 +17,7 @@ from torch import nn
 from .checkpoint import write_atomic
 from .training import TrainStep
 
-# %% ../nbs/12_tracking.ipynb #e4ce77b5
+# %% ../nbs/12_tracking.ipynb #23d2c1f3
 def keep_lines(
     path: Path,          # of a metrics.jsonl
     keep: Callable       # takes a line, says whether it stays
@@ -63,7 +63,8 @@ class Tracker:
         keep: Callable=lambda line: True # which lines stay: a run that is taken up again writes the later ones again
     ):
         path = folder/"metrics.jsonl"
-        self.known = keep_lines(path, keep) if path.exists() else -1 # W&B has the steps up to here: it takes none twice
+        # the last step that an earlier start wrote: W&B may have all up to here, and takes none twice, so it gets what comes after
+        self.known = keep_lines(path, keep) if path.exists() else -1
         self.run, self.file, self.pending = run, open(path, "ab", buffering=0), b""
 
     def log(self,
@@ -80,6 +81,9 @@ class Tracker:
     ):
         "The file only. What the disk does not take now waits in memory for the next line."
         self.pending += json.dumps({"step": step, **values}).encode() + b"\n"
+        self.flush()
+
+    def flush(self):
         try:
             while self.pending: self.pending = self.pending[self.file.write(self.pending):] # a full disk may take a part
         except OSError as error: warnings.warn(f"metrics.jsonl cannot be written ({error}); the run goes on, the lines wait for room")
@@ -106,6 +110,8 @@ class Tracker:
 
     def __exit__(self, kind, error, traceback):
         "Ends the W&B run; what it has not sent in time can be sent later."
+        self.flush()
+        if self.pending: warnings.warn(f"the last {self.pending.count(10)} lines of metrics.jsonl could not be written")
         self.file.close()
         if self.run is None: return
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt) # then somebody waits
@@ -119,7 +125,7 @@ class Tracker:
         "Whatever goes wrong is one warning and the end of W&B, not of the run."
         if self.run is None: return
         try: send(self.run)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.run = None
             let_go_of_wandb()
             warnings.warn(f"W&B is gone ({type(error).__name__}: {error}); the run goes on, and metrics.jsonl has it all")
@@ -143,7 +149,7 @@ def timed(
         if item is None: return
         yield item, time.perf_counter() - start
 
-# %% ../nbs/12_tracking.ipynb #7818d07e
+# %% ../nbs/12_tracking.ipynb #d26d2176
 NOISE_LEVELS = 10 # into which the losses are sorted
 
 @dataclass
@@ -152,7 +158,7 @@ class Progress:
     precision: str                # "fp32" or "bf16"
     num_images: int               # in the training data
     best_loss: float|None=None    # lowest validation loss so far
-    validated: int=0              # step after which validation and samples were made last
+    validated: int=0              # step after which it was validated last
     seconds: float=0.             # of training
     loss_sums: list[float]=field(default_factory=lambda: [0.]*NOISE_LEVELS) # of the epoch so far, by noise level
     loss_counts: list[int]=field(default_factory=lambda: [0]*NOISE_LEVELS)  # images in each
@@ -174,7 +180,7 @@ class Progress:
         self.loss_sums, self.loss_counts = [0.]*NOISE_LEVELS, [0]*NOISE_LEVELS
         return sum(sums)/sum(counts), [total/n if n else None for total, n in zip(sums, counts)]
 
-# %% ../nbs/12_tracking.ipynb #095ef9db
+# %% ../nbs/12_tracking.ipynb #9890ba3c
 def draw_curves(
     rows: list[dict] # from `read_metrics`
 ) -> str:            # an SVG picture
@@ -191,7 +197,7 @@ def draw_curves(
     draw(lr, "lr", "-", color="#009E73")
     draw(speed, "images_per_second", ".", color="#D55E00", markersize=4)
     epochs = [row for row in rows if "loss_by_noise" in row]
-    shown = epochs[::-(-len(epochs)//4)][:-1] + epochs[-1:] if epochs else [] # the last and up to four before
+    shown = epochs[::-(-len(epochs)//4)][:-1] + epochs[-1:] if epochs else [] # the last and up to three before
     for row, color, style in zip(shown, ("0.7", "#56B4E9", "#E69F00", "#009E73", "#0072B2")[-len(shown):], (":", "-.", "--", "-.", "-")[-len(shown):]):
         share = [(i + 0.5)/len(row["loss_by_noise"]) for i in range(len(row["loss_by_noise"]))]
         levels.plot(share, [math.nan if value is None else value for value in row["loss_by_noise"]], style, color=color, label=f"epoch {row['epoch']}")
@@ -216,7 +222,7 @@ def write_report(
         cells = lambda tag, values: "<tr>" + "".join(f"<{tag}>{text(value)}</{tag}>" for value in values) + "</tr>"
         return f"<table>{cells('th', names)}{''.join(cells('td', [row.get(name, '') for name in names]) for row in rows)}</table>"
     pictures = sorted((folder/"samples").glob("epoch_*.png"))
-    shown = pictures[::-(-len(pictures)//8)][:-1] + pictures[-1:] if pictures else [] # the last and up to eight before
+    shown = pictures[::-(-len(pictures)//8)][:-1] + pictures[-1:] if pictures else [] # the last and up to seven before
     samples = "".join(f'<figure><img alt="samples, {path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
                       f"<figcaption>{path.stem.replace('_', ' ')}</figcaption></figure>" for path in shown)
     epochs = [{name: value for name, value in row.items() if name != "loss_by_noise"} for row in rows if "validation_loss" in row]
@@ -233,7 +239,12 @@ table {{ border-collapse: collapse; font-size: 0.85rem }} td, th {{ border: 1px 
     write_atomic(folder/"report.html", lambda file: file.write(page.encode()))
     return folder/"report.html"
 
-# %% ../nbs/12_tracking.ipynb #d42a1c3c
+def try_report(folder: Path):
+    "Writes `report.html`; a failure is a warning, and no reason to end a run."
+    try: write_report(folder)
+    except Exception as error: warnings.warn(f"report.html could not be written ({type(error).__name__}: {error})")
+
+# %% ../nbs/12_tracking.ipynb #079a1775
 PROJECT = "diffusion-fashionmnist"
 
 def start_wandb(
@@ -261,7 +272,7 @@ def start_wandb(
             warnings.warn(f"W&B cannot be reached ({reason}); tracking offline, `wandb sync {folder}/wandb/offline-*` sends it later")
             return wandb.init(mode="offline", **start)
     except ImportError as error: warnings.warn(f"no W&B for this run ({error}); metrics.jsonl has it all")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         let_go_of_wandb()
         warnings.warn(f"no W&B for this run ({type(error).__name__}: {error}); metrics.jsonl has it all")
     return None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'OF_THE_DATA', 'TrainOptions', 'sample_rows', 'starting_point', 'begin', 'Run', 'prepare', 'save',
-           'end_of_epoch', 'report', 'lead', 'follow', 'train', 'ddpm_train']
+           'end_of_epoch', 'lead', 'follow', 'train', 'ddpm_train']
 
-# %% ../nbs/13_train.ipynb #367a0d7f
+# %% ../nbs/13_train.ipynb #fa31c4ef
 import json, math, platform, sys, time, warnings
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, replace
@@ -25,11 +25,11 @@ from .config import (PRESETS, Config, ConfigError, choose_device, choose_precisi
                                   new_model, parse_options, run_command, sampling_steps)
 from .data import ImageData, image_grid, load_data, to_pil, without_labels
 from .parallel import PeerLost, SharedBatch, notice_lost_peers, process_group
-from .tracking import Progress, Tracker, start_wandb, timed, write_report
+from .tracking import Progress, Tracker, start_wandb, timed, try_report
 from .training import (TrainState, learning_rate, new_state, random_generator, total_steps, train_steps,
                                     validation_loss)
 
-# %% ../nbs/13_train.ipynb #8a82e236
+# %% ../nbs/13_train.ipynb #07758995
 @dataclass(frozen=True)
 class TrainOptions:
     "Trains a model on images and leaves a folder with its weights, samples and metrics."
@@ -45,7 +45,7 @@ class TrainOptions:
     wandb: bool=True              # Weights & Biases: online with a key, offline without
     watch_model: bool=False       # send histograms of gradients and parameters to W&B
     resume: bool=False            # go on with the run in output_dir
-    resume_from: Path|None=None   # go on from this checkpoint
+    resume_from: Path|None=None   # go on from this checkpoint, in a new output_dir
     debug: bool=False             # show the traceback of an error
 
     def __post_init__(self):
@@ -73,7 +73,7 @@ def sample_rows(
     for step in tqdm(steps, total=config.inference_steps, desc="samples", unit="step", leave=False, disable=None): pass
     return image_grid(step.x, columns, scale=2)
 
-# %% ../nbs/13_train.ipynb #3bccd1bc
+# %% ../nbs/13_train.ipynb #eb9b09f1
 MAY_DIFFER = {"train.epochs", "train.max_steps"}  # on a resume
 OF_THE_DATA = {"image_shape", "classes"}          # known when they are read
 
@@ -108,7 +108,7 @@ def begin(
         raise ConfigError(f"{path} was made with other data ({progress.num_images:,} images, here {len(data):,}); start a new run")
     try: restore(state, checkpoint)
     except CheckpointError as error: raise CheckpointError(f"{path}: {error}") from error
-    if state.step >= total and progress.validated == state.step:
+    if state.step > total or state.step == total == progress.validated:
         raise ConfigError(f"{path} has taken {state.step:,} of {total:,} steps: nothing is left to do; raise --epochs or --max_steps")
     planned = total_steps(checkpoint["config"].train, len(data))
     if config.train.lr_decay and total != planned:
@@ -149,7 +149,7 @@ def prepare(
     config, state, progress = begin(options, data, device, start)
     return Run(options, config, state, state.model, progress, data, validation)
 
-# %% ../nbs/13_train.ipynb #e6196e3e
+# %% ../nbs/13_train.ipynb #0a22e285
 def save(run: Run, **kwargs) -> bool:
     "As `save_run`, with the bare network."
     return save_run(run.options.folder/"checkpoints", replace(run.state, model=run.network), run.config, asdict(run.progress), **kwargs)
@@ -159,10 +159,10 @@ def end_of_epoch(
     tracker: Tracker,
     signals: StopOnSignal
 ):
-    "Validates, draws now and then, and saves. Whoever is stopped in the middle of it does all of it again."
+    "Validates, draws now and then, and saves. A signal before the last part drops all of it; the run that goes on does it again."
     config, state, progress, folder = run.config, run.state, run.progress, run.options.folder
     epoch, last = -(-state.step//run.per_epoch), state.step == run.total
-    loss = validation_loss(state.ema, run.validation, config.scheduler.build(), precision=progress.precision)
+    loss = validation_loss(state.ema, run.validation, config.scheduler.build(), min(250, config.train.batch_size), progress.precision)
     if not math.isfinite(loss): raise FloatingPointError(f"the validation loss is {loss} at step {state.step} (lr {state.optimizer.param_groups[0]['lr']:g}); lower the lr")
     picture = to_pil(sample_rows(state.ema, config, progress.precision)) if epoch % run.options.sample_every == 0 or last else None
     with signals.finish_first():
@@ -177,14 +177,9 @@ def end_of_epoch(
         tracker.log(state.step, epoch=epoch, epoch_loss=epoch_loss, validation_loss=loss, loss_by_noise=by_noise, seconds=progress.seconds, memory_mib=memory_mib())
         if not save(run, is_best=is_best, must=last): progress.best_loss = before # it is not in `best_model.pth`
     tqdm.write(f"epoch {epoch}: training loss {epoch_loss:.4f}, validation loss {loss:.4f}, {progress.seconds:.0f} s of training")
-    if picture: report(folder)
+    if picture: try_report(folder)
 
-# %% ../nbs/13_train.ipynb #37390b2f
-def report(folder: Path):
-    "Writes `report.html`, which is no reason to end a run."
-    try: write_report(folder)
-    except OSError as error: warnings.warn(f"report.html could not be written ({error})")
-
+# %% ../nbs/13_train.ipynb #0e126343
 def lead(
     run: Run,
     device: torch.device,
@@ -195,7 +190,8 @@ def lead(
     options, config, state, progress, folder = run.options, run.config, run.state, run.progress, run.options.folder
     print(f"{options.config}: {sum(p.numel() for p in run.network.parameters()):,} weights, {len(run.data):,} images, "
           f"steps {state.step + 1:,} to {run.total:,} on {device}{f' times {size}'*(size > 1)} in {progress.precision}, into {folder}", flush=True)
-    with Tracker(folder, start_wandb(folder, asdict(config)) if options.wandb else None, progress.keeps(state.step)) as tracker:
+    with Tracker(folder, keep=progress.keeps(state.step)) as tracker:
+        if options.wandb: tracker.run = start_wandb(folder, asdict(config))
         tracker.watch(run.network, options.watch_model)
         if size > 1: state.model = SharedBatch(run.network)
         tracker.write(state.step, started=time.strftime("%Y-%m-%d %H:%M:%S"), device=str(device), processes=size, precision=progress.precision,
@@ -223,9 +219,10 @@ def lead(
             with signals.finish_first():
                 save(run, must=True)
                 print(f"stopped and saved after step {state.step:,}; go on by --resume", file=sys.stderr, flush=True)
+                try_report(folder)
             raise
         except FloatingPointError:
-            report(folder)
+            try_report(folder)
             raise
     print(f"samples: {folder/'samples'}\nreport:  {folder/'report.html'}\nweights: {folder/'checkpoints'/'best_model.pth'}")
 
@@ -236,14 +233,14 @@ def follow(run: Run, signals: StopOnSignal):
     while run.state.step < run.total:
         with signals.finish_first(), notice_lost_peers(): next(steps)
 
-# %% ../nbs/13_train.ipynb #e77cc579
+# %% ../nbs/13_train.ipynb #3db6bfeb
 def train(
     options: TrainOptions
 ) -> Path: # the folder of the run
     """The whole run: prepare, then train, validate, sample and save. Raises `ConfigError`, `DataError` or `CheckpointError` before the first step,
-    `FloatingPointError` at the first number that is none, and `Stopped` after a signal, when all is saved."""
+    `FloatingPointError` at the first number that is none, `NotEnoughMemory`, `CheckpointError` if the last save fails, and `Stopped` or `PeerLost` when all is saved."""
     device, folder = choose_device(options.device), options.folder
-    with StopOnSignal() as signals, process_group(device) as (rank, size, device), memory_advice(options.settings.train.batch_size, device):
+    with StopOnSignal() as signals, process_group(device) as (rank, size, device), memory_advice(device, options.settings.train.batch_size, ", or take a smaller --config"):
         if rank:
             dist.barrier() # until the first has looked, and downloaded what is needed
             run = prepare(options, device)

@@ -16,12 +16,11 @@ import matplotlib.figure # noqa: F401  these two take seconds; the forks have th
 import torch._dynamo # noqa: F401
 
 from ddpm_tutorial import train as product
-from ddpm_tutorial.checkpoint import load_checkpoint, load_latest
+from ddpm_tutorial.checkpoint import load_checkpoint, load_latest, tensors_in
 from ddpm_tutorial.config import PRESETS
-from ddpm_tutorial.tracking import read_metrics
 from ddpm_tutorial.unet import UNetConfig
+from processes import lines
 
-TIMES = {"seconds", "images_per_second", "memory_mib"} # what differs between two equal runs
 STEPS = 8 # for each kill; a process is killed before it has taken so many
 
 def options(folder, steps):
@@ -54,10 +53,6 @@ def finish(folder, steps):
     "A run, or the rest of it, to its end."
     assert os.waitpid(start(folder, steps), 0)[1] == 0, "the run did not end well"
 
-def lines(folder):
-    "What the run wrote, without times and starts."
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(folder) if "started" not in line]
-
 def main(kills, folder):
     warnings.simplefilter("error") # no damaged checkpoint may ever be seen
     steps, dice, broken, killed = kills*STEPS, random.Random(0), folder/"broken", []
@@ -89,7 +84,6 @@ def main(kills, folder):
 
 def equal(one, other):
     "Weights, averaged weights and optimizer, to the last bit; the number of seconds is not looked at."
-    from ddpm_tutorial.checkpoint import tensors_in
     return all((a == b).all() for a, b in zip(tensors_in(one), tensors_in(other), strict=True)) and one["step"] == other["step"]
 
 if __name__ == "__main__": main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Starts the package's commands as processes of their own, to be hit by real signals and limits. Each is a fork of one that has imported torch already."""
+"""Starts the package's commands as real processes, to be hit by signals and limits. Each is a fork of one that has imported torch."""
 import atexit
 import gc
 import json
@@ -28,10 +28,10 @@ def own_images(path, n=40):
     return path
 
 def tiny(data, folder, *args):
-    "A command line: a dwarf of a network, two epochs of five steps; a save at every second step, and at the end of an epoch validation and samples."
-    return ["--config", "tiny", "--data", data, "--base_channels", 16, "--channel_multipliers", 1, 1, "--patch_size", 4, "--num_groups", 8, "--head_dim", 16,
-            "--attention_resolutions", "--batch_size", 8, "--num_inference_steps", 2, "--device", "cpu", "--precision", "fp32", "--no-wandb",
-            "--log_every", 1, "--save_every", 2, "--sample_every", 1, "--output_dir", folder, *args]
+    "A command line: a dwarf of a network; a save at every second step, and at the end of an epoch validation and samples."
+    return ["--config", "tiny", "--data", data, "--base_channels", 16, "--channel_multipliers", 1, 1, "--patch_size", 4, "--num_groups", 8,
+            "--head_dim", 16, "--attention_resolutions", "--batch_size", 8, "--num_inference_steps", 2, "--device", "cpu", "--precision", "fp32",
+            "--no-wandb", "--log_every", 1, "--save_every", 2, "--sample_every", 1, "--output_dir", folder, *args]
 
 def lines(folder):
     "What a run has written down, without times and starts."
@@ -43,7 +43,8 @@ def assert_same(folder, other):
     "Weights, averages and optimizer to the last bit, progress, and each line of the metrics."
     one, two = newest(folder), newest(other)
     assert one["step"] == two["step"] and one["config"] == two["config"]
-    assert all(torch.equal(a, b) for part in ("model", "ema", "optimizer") for a, b in zip(tensors_in(one[part]), tensors_in(two[part]), strict=True))
+    for part in ("model", "ema", "optimizer"):
+        assert all(torch.equal(a, b) for a, b in zip(tensors_in(one[part]), tensors_in(two[part]), strict=True))
     assert {**one["progress"], "seconds": 0} == {**two["progress"], "seconds": 0} and lines(folder) == lines(other)
 
 def until(condition, seconds=60):
@@ -80,7 +81,8 @@ class Launcher:
 
     def __enter__(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+                                       start_new_session=True) # Ctrl-C is for pytest
         return self
 
     def __exit__(self, *_):
@@ -95,7 +97,8 @@ class Launcher:
         "Starts `ddpm_train` or `ddpm_sample`, after the code `before`, which may change it."
         self.count += 1
         (folder := self.folder/f"process_{self.count}").mkdir()
-        return Process(self.ask({"args": [f"ddpm_{module}", *map(str, args)], "module": module, "before": before, "folder": str(folder)}), folder, self)
+        request = {"args": [f"ddpm_{module}", *map(str, args)], "module": module, "before": before, "folder": str(folder)}
+        return Process(self.ask(request), folder, self)
 
     def run(self, args, before="", module="train", seconds=60):
         "To its end. Returns exit code and what it said on stderr."
@@ -125,7 +128,7 @@ def serve():
     for pid in running: os.kill(pid, signal.SIGKILL)
 
 def become(request):
-    "What a fork does: the command as typed, up to what the interpreter does at its exit, but for the taking apart of torch, which takes a second."
+    "What a fork does: the command as typed, and what the interpreter does at its exit, but for taking torch apart, which takes a second."
     os.setsid()
     for number, name in enumerate(("nothing", "out", "err")):
         file = os.open(os.devnull, os.O_RDONLY) if name == "nothing" else os.open(Path(request["folder"])/name, os.O_CREAT | os.O_WRONLY)

@@ -140,7 +140,7 @@ def test_resuming_with_other_settings_names_them(run, capsys):
     (["--base_channels", "48"], "groups"), (["--channel_multipliers", "1", "2", "2", "2", "2", "2"], "too small"),
     (["--attention_resolutions", "9"], "attention_resolutions"), (["--num_inference_steps", "501"], "num_inference_steps"),
     (["--guidance_scale", "-1"], "guidance_scale"), (["--ema_decay", "1"], "ema_decay"), (["--save_every", "0"], "save_every"),
-    (["--config", "smal"], "small"), (["--epoch", "3"], "--epochs"), (["--lr", "fast"], "--lr"), (["--device", "tpu"], "cpu"),
+    (["--config", "smal"], "did you mean small"), (["--config", "basline"], "did you mean baseline"), (["--config", "xyz"], "small"), (["--epoch", "3"], "--epochs"), (["--lr", "fast"], "--lr"), (["--device", "tpu"], "cpu"),
     (["--prediction_type", "noise"], "epsilon"), (["--num_steps", "0"], "num_steps"), (["--resume"], "nothing to resume"),
 ])
 def test_a_bad_value_is_answered_before_data_are_read(args, says, tmp_path, monkeypatch, capsys):

@@ -109,3 +109,13 @@ def test_links_lead_somewhere():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "markdown": wrong += broken(path, "".join(cell["source"]))
     assert not wrong, "\n".join(wrong)
+
+
+def test_each_fault_has_its_tests():
+    "The table of lesson 94: a test that it names exists, and each row names one."
+    tests = {(path.name, name) for path in Path(__file__).parent.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    cells = json.loads((NOTEBOOKS/"94_faults.ipynb").read_text(encoding="utf-8"))["cells"]
+    rows = [line for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("| ")][1:] # the first is the head
+    named = [re.findall(r"`(test_\w+\.py)::(test_\w+)`", row) for row in rows]
+    assert len(rows) >= 20 and all(named)
+    assert not [name for row in named for name in row if name not in tests]
