@@ -86,7 +86,7 @@ def test_a_signal_before_the_first_step(launcher, data, whole, tmp_path, number)
 
 def test_a_signal_after_the_last_save(launcher, data, whole, tmp_path):
     "While the report is made: all is saved, and nothing is left to do."
-    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(train, 'write_report', 2)")
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(tracking, 'write_report', 2)")
     process.waits()
     send(process, signal.SIGTERM, True)
     assert process.wait(10) == 143 and "Traceback" not in process.err
@@ -205,7 +205,7 @@ def test_after_a_kill_before_the_first_checkpoint(launcher, data, whole, tmp_pat
     process.waits()
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not nothing_half(tmp_path/"run") and (tmp_path/"run"/"config.json").exists()
-    for name in ("old.json", "checkpoints/step_00000099.pth", "samples/epoch_099.png"):
+    for name in ("report.html", "checkpoints/step_00000099.pth", "samples/epoch_099.png"):
         (tmp_path/"run"/f"{name}.partial").write_bytes(b"half")
     code, err = launcher.run([*args, "--resume"])
     assert code == 2 and one_error(err, "nothing to resume")
@@ -252,6 +252,10 @@ import resource
 used = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + {mib}*2**20, resource.RLIM_INFINITY))
 """
+ONEDNN = """
+def refuse(): raise RuntimeError('could not create a primitive') # what it says at some limits, which differ from machine to machine
+pause(training, 'diffusion_loss', hold=refuse)
+"""
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a limit on memory is Linux's")
 
 @linux
@@ -260,9 +264,10 @@ def test_out_of_memory_in_training(launcher, tmp_path):
     args = tiny("sample", tmp_path/"run", "--batch_size", 1000, "--no-lr_decay")
     assert launcher.run([*args, "--max_steps", 1]) == (0, "")
     before = (tmp_path/"run"/"checkpoints"/"latest.pth").read_bytes()
-    for mib in (25, 40, 50, *range(60, 90, 4), 100, 150, 200, 300): # at about 70 oneDNN is the one that gets none
-        code, err = launcher.run([*args, "--max_steps", 3, "--resume"], LIMIT.format(mib=mib))
-        assert code == 1 and one_error(err, "out of memory on cpu with batch_size 1000", "lower --batch_size to 500 or less"), (mib, err)
+    limits = [LIMIT.format(mib=mib) for mib in (25, 40, 50, 60, 80, 100, 150, 200, 300)]
+    for limit in [*limits, ONEDNN]:
+        code, err = launcher.run([*args, "--max_steps", 3, "--resume"], limit)
+        assert code == 1 and one_error(err, "out of memory on cpu with batch_size 1000", "lower --batch_size to 500 or less"), (limit, err)
         assert (tmp_path/"run"/"checkpoints"/"latest.pth").read_bytes() == before and nothing_half(tmp_path/"run")
 
 @linux
@@ -395,7 +400,7 @@ def test_stopped_and_taken_up_again(launcher, data, whole, tmp_path, stops):
     args = tiny(data, tmp_path/"run", "--epochs", 2)
     begin = 0
     for stop in stops:
-        place = f"pause(train, 'write_report', {1 + (begin < 5)})" if stop == 10 else f"pause(training, 'drop_labels', {stop - begin + 1})"
+        place = f"pause(tracking, 'write_report', {1 + (begin < 5)})" if stop == 10 else f"pause(training, 'drop_labels', {stop - begin + 1})"
         process = launcher.start([*args, *["--resume"]*(begin > 0)], place)
         process.waits()
         os.kill(process.pid, signal.SIGKILL)
