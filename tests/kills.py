@@ -65,17 +65,17 @@ def main(kills, folder):
         size = lambda: (broken/"metrics.jsonl").stat().st_size if (broken/"metrics.jsonl").exists() else 0
         before = size()
         while size() == before and time.monotonic() < deadline: time.sleep(0.001) # until it is at work
-        time.sleep(lifetime)
+        end, saved = time.monotonic() + lifetime, lambda: int((broken/"saved").read_text() or 0) if (broken/"saved").exists() else 0
+        while time.monotonic() < end and saved() < newest + STEPS - 2: time.sleep(0.0005) # never so far that the run ends before the last kill
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it had ended before it was killed"
         half += any((broken/"checkpoints").glob("*.partial"))
-        saved = int((broken/"saved").read_text() or 0) if (broken/"saved").exists() else 0
         if (broken/"checkpoints"/"latest.pth").exists():
             for path in (broken/"checkpoints").glob("*.pth"): load_checkpoint(path)
             step = load_latest(broken/"checkpoints")[1]["step"]
-            assert step >= max(newest, saved), f"step {max(newest, saved)} was saved, and the newest checkpoint is of step {step}"
+            assert step >= max(newest, saved()), f"step {max(newest, saved())} was saved, and the newest checkpoint is of step {step}"
             newest = step
-        else: assert not saved, "the first checkpoint is lost"
+        else: assert not saved(), "the first checkpoint is lost"
         killed.append(newest)
     finish(broken, steps)
     one, other = (load_checkpoint(run/"checkpoints"/"latest.pth") for run in (folder/"unbroken", broken))
