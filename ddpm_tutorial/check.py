@@ -98,13 +98,13 @@ def check_loss(
         expect(abs(loss - expected) < 1e-3*expected, f"the untrained network has a loss of {loss}, zeros have {expected}")
         say(f"{loss:.3f} before training")
 
-# %% ../nbs/16_check.ipynb #3b07556a
+# %% ../nbs/16_check.ipynb #8979019b
 def check_training(
     state: TrainState, # changed in place
     data: ImageData,
     config: Config,
     precision: str     # "fp32" or "bf16"
-) -> float:            # the loss of the last step
+):
     "Training steps, EMA. Raises `CheckError` at the first that fails."
     with part("training steps") as say:
         before = [p.detach().clone() for p in state.ema.parameters()]
@@ -116,7 +116,6 @@ def check_training(
         expect(moved > 0, "the averaged weights did not move")
         expect(behind > 0, "the averaged weights are the weights themselves")
         say("follows the weights")
-    return records[-1].loss
 
 # %% ../nbs/16_check.ipynb #2105e74e
 def check_outputs(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISE_LEVELS', 'PROJECT', 'keep_lines', 'within', 'let_go_of_wandb', 'Tracker', 'read_metrics', 'timed', 'Progress',
-           'draw_curves', 'write_report', 'try_report', 'start_wandb']
+           'spread', 'draw_curves', 'write_report', 'try_report', 'start_wandb']
 
 # %% ../nbs/12_tracking.ipynb #adc0f537
 import base64, html, io, json, math, os, secrets, threading, time, warnings
@@ -180,7 +180,11 @@ class Progress:
         self.loss_sums, self.loss_counts = [0.]*NOISE_LEVELS, [0]*NOISE_LEVELS
         return sum(sums)/sum(counts), [total/n if n else None for total, n in zip(sums, counts)]
 
-# %% ../nbs/12_tracking.ipynb #9890ba3c
+# %% ../nbs/12_tracking.ipynb #c671387f
+def spread(items: list, most: int) -> list:
+    "At most so many of them, evenly spaced, with the last one."
+    return items[::-(-len(items)//most)][:-1] + items[-1:] if items else []
+
 def draw_curves(
     rows: list[dict] # from `read_metrics`
 ) -> str:            # an SVG picture
@@ -196,9 +200,8 @@ def draw_curves(
     draw(loss, "validation_loss", "o-", color="#0072B2", markersize=3, label="validation, averaged weights")
     draw(lr, "lr", "-", color="#009E73")
     draw(speed, "images_per_second", ".", color="#D55E00", markersize=4)
-    epochs = [row for row in rows if "loss_by_noise" in row]
-    shown = epochs[::-(-len(epochs)//4)][:-1] + epochs[-1:] if epochs else [] # the last and up to three before
-    for row, color, style in zip(shown, ("0.7", "#56B4E9", "#E69F00", "#009E73", "#0072B2")[-len(shown):], (":", "-.", "--", "-.", "-")[-len(shown):]):
+    shown = spread([row for row in rows if "loss_by_noise" in row], 4)
+    for row, color, style in zip(shown, ("#56B4E9", "#E69F00", "#009E73", "#0072B2")[-len(shown):], ("-.", "--", "-.", "-")[-len(shown):]):
         share = [(i + 0.5)/len(row["loss_by_noise"]) for i in range(len(row["loss_by_noise"]))]
         levels.plot(share, [math.nan if value is None else value for value in row["loss_by_noise"]], style, color=color, label=f"epoch {row['epoch']}")
     loss.set(xlabel="step", ylabel="loss", yscale="log", title="Loss")
@@ -221,10 +224,8 @@ def write_report(
         names = list(dict.fromkeys(name for row in rows for name in row))
         cells = lambda tag, values: "<tr>" + "".join(f"<{tag}>{text(value)}</{tag}>" for value in values) + "</tr>"
         return f"<table>{cells('th', names)}{''.join(cells('td', [row.get(name, '') for name in names]) for row in rows)}</table>"
-    pictures = sorted((folder/"samples").glob("epoch_*.png"))
-    shown = pictures[::-(-len(pictures)//8)][:-1] + pictures[-1:] if pictures else [] # the last and up to seven before
     samples = "".join(f'<figure><img alt="samples, {path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-                      f"<figcaption>{path.stem.replace('_', ' ')}</figcaption></figure>" for path in shown)
+                      f"<figcaption>{path.stem.replace('_', ' ')}</figcaption></figure>" for path in spread(sorted((folder/"samples").glob("epoch_*.png")), 8))
     epochs = [{name: value for name, value in row.items() if name != "loss_by_noise"} for row in rows if "validation_loss" in row]
     page = f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{text(folder.name)}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}

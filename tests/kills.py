@@ -16,10 +16,10 @@ import matplotlib.figure # noqa: F401  these two take seconds; the forks have th
 import torch._dynamo # noqa: F401
 
 from ddpm_tutorial import train as product
-from ddpm_tutorial.checkpoint import load_checkpoint, load_latest, tensors_in
+from ddpm_tutorial.checkpoint import load_checkpoint, load_latest
 from ddpm_tutorial.config import PRESETS
 from ddpm_tutorial.unet import UNetConfig
-from processes import lines
+from processes import lines, newest, same_tensors
 
 STEPS = 8 # for each kill; a process is killed before it has taken so many
 
@@ -55,35 +55,29 @@ def finish(folder, steps):
 
 def main(kills, folder):
     warnings.simplefilter("error") # no damaged checkpoint may ever be seen
-    steps, dice, broken, killed = kills*STEPS, random.Random(0), folder/"broken", []
+    steps, dice, broken = kills*STEPS, random.Random(0), folder/"broken"
     begin = time.perf_counter()
     finish(folder/"unbroken", steps)
     a_step = (time.perf_counter() - begin)/steps
-    newest, half = 0, 0
-    while len(killed) < kills:
+    reached, half, lost = 0, 0, 0
+    for _ in range(kills):
         child, deadline, lifetime = start(broken, steps), time.monotonic() + 60, dice.uniform(0, 0.8*STEPS*a_step)
         size = lambda: (broken/"metrics.jsonl").stat().st_size if (broken/"metrics.jsonl").exists() else 0
         before = size()
         while size() == before and time.monotonic() < deadline: time.sleep(0.001) # until it is at work
         end, saved = time.monotonic() + lifetime, lambda: int((broken/"saved").read_text() or 0) if (broken/"saved").exists() else 0
-        while time.monotonic() < end and saved() < newest + STEPS - 2: time.sleep(0.0005) # never so far that the run ends before the last kill
+        while time.monotonic() < end and saved() < reached + STEPS - 2: time.sleep(0.0005) # never so far that the run ends before the last kill
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it had ended before it was killed"
         half += any((broken/"checkpoints").glob("*.partial"))
-        if (broken/"checkpoints"/"latest.pth").exists():
-            for path in (broken/"checkpoints").glob("*.pth"): load_checkpoint(path)
-            step = load_latest(broken/"checkpoints")[1]["step"]
-            assert step >= max(newest, saved()), f"step {max(newest, saved())} was saved, and the newest checkpoint is of step {step}"
-            newest = step
-        else: assert not saved(), "the first checkpoint is lost"
-        killed.append(newest)
+        for path in (broken/"checkpoints").glob("*.pth"): load_checkpoint(path)
+        step = load_latest(broken/"checkpoints")[1]["step"] if (broken/"checkpoints"/"latest.pth").exists() else 0
+        lost += step < max(reached, saved())
+        reached = step
     finish(broken, steps)
-    one, other = (load_checkpoint(run/"checkpoints"/"latest.pth") for run in (folder/"unbroken", broken))
-    print(json.dumps({"kills": kills, "in_a_save": half, "lost": 0, "steps": steps, "step_at_last_kill": newest, "same_weights": equal(one, other),
+    one, other = newest(folder/"unbroken"), newest(broken)
+    print(json.dumps({"kills": kills, "in_a_save": half, "lost": lost, "steps": steps, "step_at_last_kill": reached,
+                      "same_weights": one["step"] == other["step"] and same_tensors(one, other),
                       "same_metrics": lines(folder/"unbroken") == lines(broken), "left_over": len(list(broken.rglob("*.partial")))}))
-
-def equal(one, other):
-    "Weights, averaged weights and optimizer, to the last bit; the number of seconds is not looked at."
-    return all((a == b).all() for a, b in zip(tensors_in(one), tensors_in(other), strict=True)) and one["step"] == other["step"]
 
 if __name__ == "__main__": main(int(sys.argv[1]), Path(sys.argv[2]))

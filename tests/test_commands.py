@@ -203,6 +203,14 @@ sys.argv = ["ddpm_sample", "--checkpoint", {str(tmp_path/'run/checkpoints/latest
 sample.ddpm_sample()""")
     assert "torch" in modules and "wandb" not in modules
 
+def test_sampling_loads_no_drawing_library(run):
+    "Only a report draws: `ddpm_sample` does without matplotlib, too."
+    modules = loaded_modules(f"""import sys
+from ddpm_tutorial import sample
+sys.argv = ["ddpm_sample", "--checkpoint", {str(run/'checkpoints/latest.pth')!r}, "--num_samples", "1"]
+sample.ddpm_sample()""")
+    assert "torch" in modules and not {"wandb", "matplotlib"} & modules
+
 def test_wandb_offline_by_default(tmp_path, monkeypatch):
     "Without a key the run is tracked offline, inside its own folder, with the graph of the model and its samples."
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"): monkeypatch.delenv(name, raising=False)

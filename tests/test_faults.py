@@ -11,7 +11,7 @@ import torch
 
 from ddpm_tutorial.checkpoint import load_checkpoint, load_latest, tensors_in
 from ddpm_tutorial.tracking import read_metrics
-from processes import Launcher, assert_same, lines, newest, own_images, tiny, until
+from processes import Launcher, assert_same, lines, newest, own_images, same_tensors, tiny, until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes and signals of Unix")
 
@@ -238,7 +238,7 @@ def test_killed_between_the_names_of_a_save(launcher, data, whole, tmp_path):
         assert launcher.run([*args, "--resume"]) == (0, "")
         assert_same(tmp_path/str(call), whole)
         best, wanted = (load_checkpoint(folder/"checkpoints"/"best_model.pth") for folder in (tmp_path/str(call), whole))
-        assert best["step"] == wanted["step"] and all(torch.equal(a, b) for a, b in zip(tensors_in(best["ema"]), tensors_in(wanted["ema"]), strict=True))
+        assert best["step"] == wanted["step"] and same_tensors(best["ema"], wanted["ema"])
 
 def test_a_run_made_too_short(launcher, data, tmp_path):
     "Resumed with fewer steps than it has taken: said, not passed over."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.checkpoint import save_run, write_atomic
+from ddpm_tutorial.checkpoint import save_run
 from ddpm_tutorial.config import PRESETS, choose_precision, new_model
 from ddpm_tutorial.data import load_sample
 from ddpm_tutorial.tracking import Progress, Tracker, start_wandb, timed, write_report
@@ -31,14 +31,15 @@ def main():
     config, data, options = PRESETS[preset], load_sample(), TrainOptions()
     os.environ.setdefault("WANDB_MODE", "offline")
     state, scheduler, precision = new_state(new_model(config), config.train), config.scheduler.build(), choose_precision("auto", torch.device("cpu"))
-    records = [next(steps) for steps in [timed(train_steps(state, data, scheduler, config.train, precision))] for _ in range(16)]
+    steps = timed(train_steps(state, data, scheduler, config.train, precision))
+    records = [next(steps) for _ in range(16)]
     record, step = records[-1][0], statistics.median(took for _, took in records[2:]) # the first two warm up
     progress, total = Progress(precision, 60_000), total_steps(config.train, 60_000)
     per_epoch, images = total//config.train.epochs, config.train.batch_size
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("checkpoints", "samples"): (folder/part).mkdir()
-        write_atomic(folder/"config.json", lambda file: file.write(b"{}"))
+        (folder/"config.json").write_text("{}")
         noting = seconds(lambda i: progress.add(record, config.scheduler.num_steps, 1.), 500)
         line = dict(epoch=1, loss=record.loss, lr=record.lr, grad_norm=record.grad_norm, images_per_second=100., seconds=1.)
         with Tracker(folder) as tracker: logging = seconds(lambda i: tracker.log(10*i, **line), total//options.log_every)
