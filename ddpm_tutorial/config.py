@@ -7,11 +7,12 @@ __all__ = ['TINY', 'SMALL', 'BASELINE', 'LARGE', 'PRESETS', 'MEMORY_IS_SHORT', '
            'differences', 'fit_to_data', 'parse_options', 'run_command', 'choose_device', 'NotEnoughMemory',
            'memory_advice', 'memory_mib', 'choose_precision', 'new_model', 'sampling_steps']
 
-# %% ../nbs/10_config.ipynb #ec923dda
+# %% ../nbs/10_config.ipynb #237dd473
 import math, re, resource, sys, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import dacite
 import torch
@@ -19,12 +20,13 @@ import tyro
 from torch import Tensor, nn
 
 from .data import CLASSES, ImageData
-from .sampler import METHODS, Step, guided
+from .fast_sampling import DEFAULT_STEPS, METHODS
+from .sampler import Step, guided
 from .scheduler import SchedulerConfig
 from .training import TrainConfig
 from .unet import UNet, UNetConfig
 
-# %% ../nbs/10_config.ipynb #1411a318
+# %% ../nbs/10_config.ipynb #f950e30b
 class ConfigError(Exception):
     "Settings that cannot work, or do not belong together; the message names the field and what to do."
 
@@ -35,7 +37,8 @@ class Config:
     scheduler: SchedulerConfig=SchedulerConfig()
     train: TrainConfig=TrainConfig()
     guidance_scale: float=3.0                # of the samples: 0 unconditional, 1 conditional, above exaggerated
-    num_inference_steps: int|None=None       # of the samples, at most the schedule's num_steps; None takes all of them
+    method: Literal[tuple(METHODS)]="dpm++"  # how the samples are drawn
+    num_inference_steps: int|None=None       # of the samples, at most the schedule's num_steps; default 20 for dpm++, 50 for ddim, all for ddpm
     data: str="fashion_mnist"                # "fashion_mnist", "sample" (comes with the package), or a path for `load_images`
     image_shape: tyro.conf.Suppress[tuple[int, int, int]]=(1, 28, 28) # (C, H, W), read off the data
     classes: tyro.conf.Suppress[tuple[str, ...]]=CLASSES              # names, read off the data
@@ -47,8 +50,8 @@ class Config:
             raise ValueError(f"num_inference_steps must be in 1 ... {self.scheduler.num_steps} (num_steps), not {self.num_inference_steps}")
 
     @property
-    def inference_steps(self) -> int: # `num_inference_steps`, or all
-        return self.num_inference_steps or self.scheduler.num_steps
+    def inference_steps(self) -> int: # `num_inference_steps`, or the method's own number
+        return self.num_inference_steps or min(DEFAULT_STEPS[self.method] or self.scheduler.num_steps, self.scheduler.num_steps)
 
 # %% ../nbs/10_config.ipynb #2432ff24
 def config_from_dict(
@@ -77,26 +80,28 @@ def differences(
             else: yield f"{prefix}{name}", value
     return [name for (name, a), (_, b) in zip(flat(asdict(one)), flat(asdict(other))) if a != b]
 
-# %% ../nbs/10_config.ipynb #22f36f1b
+# %% ../nbs/10_config.ipynb #98028891
 TINY = Config(
-    model=UNetConfig(base_channels=64, channel_multipliers=(1, 1), patch_size=2, num_groups=8),
+    model=UNetConfig(base_channels=64, channel_multipliers=(1, 1), patch_size=2, attention_resolutions=(7,), num_groups=8),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=200, prediction_type="v_prediction"),
     train=TrainConfig(epochs=2, max_steps=1500, batch_size=64, lr=2e-3, warmup_steps=50, lr_decay=True),
-    guidance_scale=2.0, num_inference_steps=50)
+    guidance_scale=2.0)
 
 SMALL = Config(
-    model=UNetConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1, attention_resolutions=(7,)),
+    model=UNetConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=500, prediction_type="v_prediction"),
-    train=TrainConfig(epochs=20, lr=1e-3, warmup_steps=100, lr_decay=True),
-    guidance_scale=2.0, num_inference_steps=100)
+    train=TrainConfig(epochs=20, lr=2e-3, warmup_steps=200, lr_decay=True),
+    guidance_scale=2.0)
 
 BASELINE = Config(
-    model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 4, 8), num_res_blocks=2, attention_resolutions=(7,)),
-    scheduler=SchedulerConfig(num_steps=1000), train=TrainConfig(epochs=50), num_inference_steps=250)
+    model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 4, 8), num_res_blocks=2, mirrored=False,
+                     attention_resolutions=(7,)),
+    scheduler=SchedulerConfig(num_steps=1000), train=TrainConfig(epochs=50))
 
 LARGE = Config(
-    model=UNetConfig(base_channels=128, channel_multipliers=(1, 2, 3, 4), num_res_blocks=3, attention_resolutions=(14, 7)),
-    scheduler=SchedulerConfig(num_steps=1000), train=TrainConfig(epochs=100), num_inference_steps=250)
+    model=UNetConfig(base_channels=128, channel_multipliers=(1, 2, 3, 4), num_res_blocks=3, mirrored=False,
+                     attention_resolutions=(14, 7)),
+    scheduler=SchedulerConfig(num_steps=1000), train=TrainConfig(epochs=100))
 
 PRESETS = {"tiny": TINY, "small": SMALL, "baseline": BASELINE, "large": LARGE}
 
@@ -209,14 +214,13 @@ def new_model(
         torch.default_generator.manual_seed(config.train.seed) # not torch.manual_seed, which would seed the GPUs as well
         return UNet(config.model).to(device)
 
-# %% ../nbs/10_config.ipynb #0d317fbf
+# %% ../nbs/10_config.ipynb #41eea6f8
 def sampling_steps(
     model: nn.Module,
-    config: Config,             # decides scheduler, shape, guidance and number of steps
+    config: Config,             # decides scheduler, shape, guidance, method and number of steps
     labels: Tensor,             # (B,), 0 ... num_classes-1; only their number counts for a model without classes
     *,
     generator: torch.Generator, # a CPU generator
-    method: str="ddpm",         # a name in `METHODS`
     precision: str="fp32"       # "fp32" or "bf16" (autocast)
 ) -> Iterator[Step]:
     "The steps of the sampler from noise to images, with everything as the configuration says."
@@ -227,5 +231,5 @@ def sampling_steps(
     if config.classes:
         denoiser = guided(denoiser, config.guidance_scale, {"labels": len(config.classes)})
         cond = {"labels": labels.to(device)}
-    return METHODS[method](denoiser, config.scheduler.build(), (len(labels), *config.image_shape), generator=generator,
-                           num_inference_steps=config.num_inference_steps, device=device, **cond)
+    return METHODS[config.method](denoiser, config.scheduler.build(), (len(labels), *config.image_shape), generator=generator,
+                                  num_inference_steps=config.inference_steps, device=device, **cond)

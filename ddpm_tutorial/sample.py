@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SampleOptions', 'choose_labels', 'draw_samples', 'draw_progress', 'write_samples', 'write_progress', 'check_config',
-           'output_file', 'sample_to_file', 'ddpm_sample']
+           'asked_for', 'output_file', 'sample_to_file', 'ddpm_sample']
 
-# %% ../nbs/14_sample.ipynb #9492fb43
+# %% ../nbs/14_sample.ipynb #45ad545f
 import json, math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,25 +17,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import StopOnSignal, load_model, make_folder, write_atomic
+from .checkpoint import PRETRAINED, load_model, make_folder, write_atomic
 from .config import (Config, ConfigError, choose_device, choose_precision, config_from_dict, differences, memory_advice,
                                   parse_options, run_command, sampling_steps)
 from .data import image_grid, to_pil, to_uint8
-from .sampler import METHODS, save_gif, snapshots
+from .fast_sampling import METHODS
+from .parallel import StopOnSignal
+from .sampler import save_gif, snapshots
 from .training import random_generator
 
-# %% ../nbs/14_sample.ipynb #f79e926e
+# %% ../nbs/14_sample.ipynb #f2f32122
 @dataclass(frozen=True)
 class SampleOptions:
     "Draws samples from a trained model."
-    checkpoint: Path                        # best_model.pth, latest.pth, ...
+    checkpoint: Path=PRETRAINED["small"]    # best_model.pth, latest.pth, ...; default: the trained `small` that comes with the package
     config: Path|None=None                  # config.json of the run; the checkpoint carries its own, this one must agree
     mode: Literal["grid", "class_grid", "progressive"]="grid" # a square, a row for each class, or a strip from noise to image for each sample
     num_samples: int|None=None              # default 16; class_grid 8 for each class; progressive 4
     class_label: int|None=None              # of all samples; default: through the classes in turn
     guidance_scale: float|None=None         # 0 unconditional, 1 conditional, above exaggerated; default as in training
-    num_inference_steps: int|None=None      # fewer are faster; default as in training
-    method: Literal[tuple(METHODS)]="ddpm"
+    num_inference_steps: int|None=None      # fewer are faster; default as in training, or another method's own
+    method: Literal[tuple(METHODS)]|None=None # default as in training
     use_ema: bool=True                      # averaged weights, else those of the last step
     output: Path|None=None                  # .png, .gif (progressive) or .npz (the others); default <output_dir>/samples/<mode>.png
     output_dir: Path|None=None              # default: the run that the checkpoint belongs to
@@ -75,7 +77,7 @@ def choose_labels(
     n = options.num_samples or {"grid": 16, "progressive": 4}[options.mode]
     return torch.arange(n) % max(classes, 1) if options.class_label is None else torch.full((n,), options.class_label)
 
-# %% ../nbs/14_sample.ipynb #abc04657
+# %% ../nbs/14_sample.ipynb #a723bc60
 def draw_samples(
     model: nn.Module,
     config: Config,
@@ -83,7 +85,7 @@ def draw_samples(
     *,
     generator: torch.Generator, # a CPU generator
     batch_size: int=250,        # samples that are drawn together
-    **kwargs                    # method and precision, for `sampling_steps`
+    **kwargs                    # precision, for `sampling_steps`
 ) -> Tensor:                    # float (n, C, H, W) on the CPU, nominally in [-1, 1]
     "Any number of samples, batch by batch, with a progress bar."
     samples, steps = [], config.inference_steps
@@ -93,7 +95,7 @@ def draw_samples(
             samples.append(step.x.cpu())
     return torch.cat(samples)
 
-# %% ../nbs/14_sample.ipynb #24dc6b86
+# %% ../nbs/14_sample.ipynb #56ab05e1
 def draw_progress(
     model: nn.Module,
     config: Config,
@@ -101,7 +103,7 @@ def draw_progress(
     num_snapshots: int,
     *,
     batch_size: int=250, # samples that are drawn together
-    **kwargs             # generator, method and precision, for `sampling_steps`
+    **kwargs             # generator and precision, for `sampling_steps`
 ) -> Tensor:             # uint8 (num_snapshots, n, C, H, W) on the CPU
     "The way from noise to images."
     steps, ways = config.inference_steps, []
@@ -133,7 +135,7 @@ def write_progress(
         else: to_pil(image_grid(frames.transpose(0, 1).flatten(0, 1), len(frames), scale=2)).save(file, "png")
     write_atomic(output, write)
 
-# %% ../nbs/14_sample.ipynb #36c261a9
+# %% ../nbs/14_sample.ipynb #16a221bd
 def check_config(
     path: Path,    # a config.json
     config: Config # of the checkpoint
@@ -144,17 +146,26 @@ def check_config(
     differing = [name for name in differences(given, config) if name not in ("train.epochs", "train.max_steps")]
     if differing: raise ConfigError(f"{path} belongs to another run than the checkpoint: {', '.join(differing)} differ{'s'*(len(differing) == 1)}")
 
+def asked_for(
+    options: SampleOptions,
+    config: Config # of the checkpoint
+) -> dict:         # fields of the configuration that are to be others
+    "What the options change. Another method comes with its own number of steps."
+    changes = {name: value for name in ("guidance_scale", "method", "num_inference_steps") if (value := getattr(options, name)) is not None}
+    return changes if changes.get("method", config.method) == config.method else {"num_inference_steps": None, **changes}
+
 def output_file(
     options: SampleOptions
 ) -> Path:
     "Where the samples go: into the run's own `samples` folder, unless asked otherwise."
     if options.output: return options.output
     folder = options.checkpoint.parent
+    if options.checkpoint in PRETRAINED.values(): folder = Path("outputs")/options.checkpoint.stem # not into the package
     folder = options.output_dir or (folder.parent if folder.name == "checkpoints" else folder)
     label = "" if options.class_label is None else f"_{options.class_label}"
     return folder/"samples"/f"{options.mode}{label}.png"
 
-# %% ../nbs/14_sample.ipynb #c7522518
+# %% ../nbs/14_sample.ipynb #ae0177fd
 def sample_to_file(
     options: SampleOptions
 ) -> Path: # the file
@@ -166,19 +177,19 @@ def sample_to_file(
         model, config = load_model(options.checkpoint, use_ema=options.use_ema, device=device)
         if options.config: check_config(options.config, config)
         if options.guidance_scale is not None and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
-        try: config = replace(config, **{name: value for name in ("guidance_scale", "num_inference_steps") if (value := getattr(options, name)) is not None})
+        try: config = replace(config, **asked_for(options, config))
         except ValueError as error: raise ConfigError(str(error)) from error
         labels, output = choose_labels(options, config), output_file(options)
         make_folder(output.parent) # now, and not after all the drawing
 
-        how = dict(generator=random_generator(options.seed, 4), batch_size=options.batch_size, method=options.method,
+        how = dict(generator=random_generator(options.seed, 4), batch_size=options.batch_size,
                    precision=choose_precision(options.precision, device))
         with memory_advice(device, min(options.batch_size, len(labels))):
             if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix == ".gif" else 10, **how))
             else:
                 columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
                 write_samples(output, draw_samples(model, config, labels, **how), labels, columns)
-    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({options.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
+    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({config.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
           + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}): {output}")
     if options.mode == "class_grid": print("rows: " + ", ".join(config.classes))
     return output

@@ -6,7 +6,7 @@
 __all__ = ['MAY_DIFFER', 'OF_THE_DATA', 'TrainOptions', 'sample_rows', 'starting_point', 'begin', 'Run', 'prepare', 'save',
            'end_of_epoch', 'lead', 'follow', 'train', 'ddpm_train']
 
-# %% ../nbs/13_train.ipynb #fa31c4ef
+# %% ../nbs/13_train.ipynb #dbbd5804
 import json, math, platform, sys, time, warnings
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, replace
@@ -19,12 +19,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from . import __version__
-from .checkpoint import (CheckpointError, StopOnSignal, Stopped, check_folder, load_checkpoint, load_latest, lock_folder, make_folder,
-                                      restore, save_run, sweep, write_atomic)
+from .checkpoint import (CheckpointError, check_folder, load_checkpoint, load_latest, lock_folder, make_folder, restore, save_run, sweep,
+                                      write_atomic)
 from .config import (PRESETS, Config, ConfigError, choose_device, choose_precision, differences, fit_to_data, memory_advice, memory_mib,
                                   new_model, parse_options, run_command, sampling_steps)
 from .data import ImageData, image_grid, load_data, to_pil, without_labels
-from .parallel import PeerLost, SharedBatch, notice_lost_peers, process_group
+from .parallel import PeerLost, SharedBatch, StopOnSignal, Stopped, notice_lost_peers, process_group
 from .tracking import Progress, Tracker, start_wandb, timed, try_report
 from .training import (TrainState, learning_rate, new_state, random_generator, total_steps, train_steps,
                                     validation_loss)

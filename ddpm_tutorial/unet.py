@@ -52,18 +52,21 @@ class Downsample(nn.Conv2d):
     "Half the height and width, rounded up: `(B, C, H, W)` to `(B, C, ceil(H/2), ceil(W/2))`."
     def __init__(self, channels: int): super().__init__(channels, channels, 3, stride=2, padding=1)
 
-# %% ../nbs/04_unet.ipynb #04-028
+# %% ../nbs/04_unet.ipynb #1e8c9843
 class Upsample(nn.Conv2d):
     "Nearest pixels at exactly the size asked for, then a convolution; so 4 can go back to 7."
-    def __init__(self, channels: int): super().__init__(channels, channels, 3, padding=1)
+    def __init__(self,
+        in_channels: int,
+        out_channels: int
+    ): super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self,
-        x,   # (B, C, h, w)
+        x,   # (B, in_channels, h, w)
         size # (H, W) wanted
-    ):       # (B, C, H, W)
+    ):       # (B, out_channels, H, W)
         return super().forward(F.interpolate(x, size=size, mode="nearest"))
 
-# %% ../nbs/04_unet.ipynb #e7b747c5
+# %% ../nbs/04_unet.ipynb #f7c3e7c9
 @dataclass(frozen=True)
 class UNetConfig:
     "Everything that decides the shape of a `UNet`. Raises `ValueError` for what cannot be built."
@@ -73,8 +76,9 @@ class UNetConfig:
     base_channels: int=32                            # width of the first level
     channel_multipliers: tuple[int, ...]=(1, 2, 4)   # width of each level / base_channels
     patch_size: int=1                                # the first level works on patches of this size: 2 makes it 4 times cheaper
-    num_res_blocks: int=1                            # per level on the way down; one more on the way up
-    attention_resolutions: tuple[int, ...]=(7,)      # feature maps of these sizes get attention
+    num_res_blocks: int=1                            # per level on the way down
+    mirrored: bool=True                              # as many blocks up as down; False: one more up on each level, as in DDPM
+    attention_resolutions: tuple[int, ...]=()        # feature maps of these sizes get attention; the middle always has it
     attention: str="self"                            # "self" or "linear"
     head_dim: int=32                                 # width of an attention head
     feed_forward: bool=True                          # feed-forward after the attention
@@ -125,7 +129,7 @@ class Stage(nn.Module):
 
     def forward(self, x, cond): return self.attention(self.block(x, cond))
 
-# %% ../nbs/04_unet.ipynb #04-052
+# %% ../nbs/04_unet.ipynb #31d30c55
 class UNet(nn.Module):
     "The network of [DDPM](https://arxiv.org/abs/2006.11239) with AdaGN and class labels: noisy images and times to a prediction."
     def __init__(self,
@@ -150,15 +154,18 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.down.append(Downsample(channels))
                 skips.append(channels)
+        if config.mirrored: skips = [width for width in widths for _ in range(config.num_res_blocks)]   # of the stages alone
 
         self.middle = nn.ModuleList([Stage(channels, channels, config, True), Stage(channels, channels, config, False)])
 
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            for _ in range(config.num_res_blocks + 1):
+            for _ in range(config.num_res_blocks + (not config.mirrored)):
                 self.up.append(Stage(channels + skips.pop(), width, config, attends[level]))
                 channels = width
-            if level > 0: self.up.append(Upsample(channels))
+            if level > 0:
+                channels = widths[level - 1] if config.mirrored else width
+                self.up.append(Upsample(width, channels))
 
         self.norm_out = group_norm(channels, config.num_groups)
         self.conv_out = zero_init(nn.Conv2d(channels, patch_channels, 3, padding=1))
@@ -182,10 +189,10 @@ class UNet(nn.Module):
     ) -> Tensor:                  # prediction (B, C, H, W)
         dtype, cond = x.dtype, self.condition(t, labels)
         x = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))   # (B, base, H/patch, W/patch)
-        skips = [x]
+        skips = [] if self.config.mirrored else [x]
         for layer in self.down:
             x = layer(x) if isinstance(layer, Downsample) else layer(x, cond)
-            skips.append(x)
+            if isinstance(layer, Stage) or not self.config.mirrored: skips.append(x)
         for layer in self.middle: x = layer(x, cond)
         for layer in self.up:
             if isinstance(layer, Upsample): x = layer(x, skips[-1].shape[-2:])
