@@ -197,13 +197,13 @@ def lock_folder(
     try: return FileLock(folder/".lock").acquire(blocking=False)
     except Timeout as error: raise ConfigError(f"another run is at work in {folder}; wait for it, or choose another --output_dir") from error
 
-# %% ../nbs/11_checkpoint.ipynb #fc67f32d
+# %% ../nbs/11_checkpoint.ipynb #4f2870df
 def save_weights(
     path: Path,            # a .safetensors file
     weights: dict,         # name to Tensor, e.g. `state.ema.state_dict()`
     config: Config
 ):
-    "Averaged weights in half precision, with the configuration beside them: a twelfth of a checkpoint."
+    "Averaged weights in half precision, with the configuration beside them: an eighth of a checkpoint."
     half = {name: weight.half().contiguous() for name, weight in weights.items()}
     write_atomic(path, lambda file: file.write(save(half, {"config": json.dumps(asdict(config))})))
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SampleOptions', 'choose_labels', 'draw_samples', 'draw_progress', 'write_samples', 'write_progress', 'check_config',
-           'asked_for', 'output_file', 'sample_to_file', 'ddpm_sample']
+           'model_to_draw', 'in_words', 'run_folder', 'output_file', 'sample_to_file', 'ddpm_sample']
 
-# %% ../nbs/14_sample.ipynb #45ad545f
+# %% ../nbs/14_sample.ipynb #33d115c9
 import json, math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +25,13 @@ from .fast_sampling import METHODS
 from .parallel import StopOnSignal
 from .sampler import save_gif, snapshots
 from .training import random_generator
+from .unet import UNet
 
-# %% ../nbs/14_sample.ipynb #f2f32122
+# %% ../nbs/14_sample.ipynb #3d2b3f64
 @dataclass(frozen=True)
 class SampleOptions:
     "Draws samples from a trained model."
-    checkpoint: Path=PRETRAINED["small"]    # best_model.pth, latest.pth, ...; default: the trained `small` that comes with the package
+    checkpoint: Path|None=None              # best_model.pth, latest.pth, ...; default: the trained `small` that comes with the package
     config: Path|None=None                  # config.json of the run; the checkpoint carries its own, this one must agree
     mode: Literal["grid", "class_grid", "progressive"]="grid" # a square, a row for each class, or a strip from noise to image for each sample
     num_samples: int|None=None              # default 16; class_grid 8 for each class; progressive 4
@@ -135,7 +136,7 @@ def write_progress(
         else: to_pil(image_grid(frames.transpose(0, 1).flatten(0, 1), len(frames), scale=2)).save(file, "png")
     write_atomic(output, write)
 
-# %% ../nbs/14_sample.ipynb #16a221bd
+# %% ../nbs/14_sample.ipynb #9aaac585
 def check_config(
     path: Path,    # a config.json
     config: Config # of the checkpoint
@@ -146,39 +147,53 @@ def check_config(
     differing = [name for name in differences(given, config) if name not in ("train.epochs", "train.max_steps")]
     if differing: raise ConfigError(f"{path} belongs to another run than the checkpoint: {', '.join(differing)} differ{'s'*(len(differing) == 1)}")
 
-def asked_for(
-    options: SampleOptions,
-    config: Config # of the checkpoint
-) -> dict:         # fields of the configuration that are to be others
-    "What the options change. Another method comes with its own number of steps."
+def model_to_draw(
+    options,             # of this command, or of another that draws samples
+    device: torch.device
+) -> tuple[UNet, Config]:
+    "The model, and its configuration with what the options change. Raises `ConfigError` or `CheckpointError`."
+    path = options.checkpoint or PRETRAINED["small"]
+    if not path.exists(): raise ConfigError(f"checkpoint {path} is not there; a run leaves its checkpoints in <output_dir>/checkpoints")
+    model, config = load_model(path, use_ema=options.use_ema, device=device)
+    if options.config: check_config(options.config, config)
     changes = {name: value for name in ("guidance_scale", "method", "num_inference_steps") if (value := getattr(options, name)) is not None}
-    return changes if changes.get("method", config.method) == config.method else {"num_inference_steps": None, **changes}
+    if "guidance_scale" in changes and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
+    if changes.get("method", config.method) != config.method: changes = {"num_inference_steps": None, **changes} # it has a number of its own
+    try: return model, replace(config, **changes)
+    except ValueError as error: raise ConfigError(str(error)) from error
+
+def in_words(
+    options,
+    config: Config # of `model_to_draw`
+) -> str:
+    "How the samples are drawn."
+    return (f"{options.checkpoint.name if options.checkpoint else 'the trained small'}, {config.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
+            + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}")
+
+def run_folder(
+    checkpoint: Path|None
+) -> Path:
+    "The folder of the run that a checkpoint belongs to; for the model that comes with the package `outputs/small`."
+    if checkpoint is None: return Path("outputs/small")
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 def output_file(
     options: SampleOptions
 ) -> Path:
     "Where the samples go: into the run's own `samples` folder, unless asked otherwise."
     if options.output: return options.output
-    folder = options.checkpoint.parent
-    if options.checkpoint in PRETRAINED.values(): folder = Path("outputs")/options.checkpoint.stem # not into the package
-    folder = options.output_dir or (folder.parent if folder.name == "checkpoints" else folder)
+    folder = options.output_dir or run_folder(options.checkpoint)
     label = "" if options.class_label is None else f"_{options.class_label}"
     return folder/"samples"/f"{options.mode}{label}.png"
 
-# %% ../nbs/14_sample.ipynb #ae0177fd
+# %% ../nbs/14_sample.ipynb #460f0959
 def sample_to_file(
     options: SampleOptions
 ) -> Path: # the file
     "Loads, draws, writes. Raises `ConfigError` or `CheckpointError` before the first step, `NotEnoughMemory`, and `Stopped` after a signal."
     device = choose_device(options.device)
-    if not options.checkpoint.exists():
-        raise ConfigError(f"checkpoint {options.checkpoint} is not there; a run leaves its checkpoints in <output_dir>/checkpoints")
     with StopOnSignal():
-        model, config = load_model(options.checkpoint, use_ema=options.use_ema, device=device)
-        if options.config: check_config(options.config, config)
-        if options.guidance_scale is not None and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
-        try: config = replace(config, **asked_for(options, config))
-        except ValueError as error: raise ConfigError(str(error)) from error
+        model, config = model_to_draw(options, device)
         labels, output = choose_labels(options, config), output_file(options)
         make_folder(output.parent) # now, and not after all the drawing
 
@@ -189,8 +204,7 @@ def sample_to_file(
             else:
                 columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
                 write_samples(output, draw_samples(model, config, labels, **how), labels, columns)
-    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({config.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
-          + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}): {output}")
+    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({in_words(options, config)}): {output}")
     if options.mode == "class_grid": print("rows: " + ", ".join(config.classes))
     return output
 
