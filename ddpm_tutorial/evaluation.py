@@ -8,7 +8,7 @@ __all__ = ['CLASSIFIER', 'CLASSIFIER_SHA256', 'Classifier', 'train_classifier', 
            'nearest_distance', 'figures', 'alike', 'EvaluateOptions', 'inception_distance', 'samples_to_measure',
            'evaluate', 'ddpm_evaluate']
 
-# %% ../nbs/15_evaluation.ipynb #6f95c38f
+# %% ../nbs/15_evaluation.ipynb #6ec20c74
 import hashlib, json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -26,9 +26,8 @@ from tqdm import tqdm
 from .checkpoint import make_folder, write_atomic
 from .config import ConfigError, choose_device, choose_precision, memory_advice, parse_options, run_command
 from .data import CLASSES, ImageData, batches, load_fashion_mnist, load_images, load_sample, to_float, to_uint8
-from .fast_sampling import METHODS
 from .parallel import StopOnSignal
-from .sample import draw_samples, in_words, model_to_draw, run_folder
+from .sample import DrawOptions, draw_samples, in_words, model_to_draw, run_folder
 from .training import random_generator
 
 # %% ../nbs/15_evaluation.ipynb #6e781806
@@ -109,10 +108,11 @@ def class_agreement(
     share = (seen.classes == labels).double().mean().item()
     return share, (share*(1 - share)/len(labels))**0.5
 
-# %% ../nbs/15_evaluation.ipynb #83010858
+# %% ../nbs/15_evaluation.ipynb #dd879774
 def computed(num_features: int) -> nn.Module:
     "For a metric that wants to compute features itself: they come computed."
-    (extractor := nn.Identity()).num_features = num_features
+    extractor = nn.Identity()
+    extractor.num_features = num_features
     return extractor
 
 def frechet_distance(
@@ -188,33 +188,22 @@ def alike(
         chosen.append(there[:wanted])
     return data[torch.cat(chosen)]
 
-# %% ../nbs/15_evaluation.ipynb #bd882bd4
+# %% ../nbs/15_evaluation.ipynb #55bb1794
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(DrawOptions):
     "Measures samples of a model, beside real images that the model has never seen."
-    checkpoint: Path|None=None              # best_model.pth, latest.pth, ...; default: the trained `small` that comes with the package
-    config: Path|None=None                  # config.json of the run; the checkpoint carries its own, this one must agree
-    samples: Path|None=None                 # measure these instead: an .npz from `ddpm_sample`
+    samples: Path|None=None                 # measure these instead of drawing: an .npz from `ddpm_sample`
     num_samples: int=1000                   # to draw; through the classes in turn
-    guidance_scale: float|None=None         # default as in training
-    method: Literal[tuple(METHODS)]|None=None # default as in training
-    num_inference_steps: int|None=None      # default as in training, or another method's own
-    use_ema: bool=True                      # averaged weights, else those of the last step
     inception: bool=False                   # Fréchet distance on Inception's features as well (needs torch-fidelity and a download)
     output: Path|None=None                  # .json; default evaluation.json in the folder of the run
     data: Literal["fashion_mnist", "sample"]="fashion_mnist" # real images: the published ones, or the part that comes with the package
     data_root: Path|None=None               # folder that holds FashionMNIST/raw; default DDPM_DATA_ROOT, else data
-    seed: int=0
-    batch_size: int=250                     # samples that are drawn together
-    device: str="auto"                      # auto, cuda, cuda:1, mps or cpu
-    precision: Literal["auto", "fp32", "bf16"]="auto"
-    debug: bool=False                       # show the traceback of an error
 
     def __post_init__(self):
-        for name, least in (("num_samples", 20), ("num_inference_steps", 1), ("batch_size", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least: raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.samples and self.samples.suffix != ".npz": raise ValueError(f"samples must be an .npz, not {self.samples.name!r}")
-        if not 0 <= self.seed < 2**31: raise ValueError(f"seed must be in 0 ... {2**31 - 1}, not {self.seed}")
+        super().__post_init__()
+        if self.num_samples < 20: raise ValueError(f"num_samples must be at least 20, not {self.num_samples}: a figure over fewer says nothing")
+        for name, path, ending in (("samples", self.samples, ".npz"), ("output", self.output, ".json")):
+            if path and path.suffix != ending: raise ValueError(f"{name} must end in {ending}, not {path.name!r}")
 
 # %% ../nbs/15_evaluation.ipynb #a0a3c76b
 def inception_distance(
@@ -247,13 +236,12 @@ def samples_to_measure(
                                precision=choose_precision(options.precision, device))
     return ImageData(to_uint8(samples), labels, config.classes), in_words(options, config)
 
-# %% ../nbs/15_evaluation.ipynb #215bed7c
+# %% ../nbs/15_evaluation.ipynb #d016e6ce
 def evaluate(
     options: EvaluateOptions
 ) -> dict: # {"samples": figures, "real": figures, ...}
     "Samples and as many fresh real images, each against the training images; written to a file and printed. Raises as `samples_to_measure` does."
     output = options.output or run_folder(options.checkpoint)/"evaluation.json"
-    if output.suffix != ".json": raise ConfigError(f"output must end in .json, not {output.name!r}")
     make_folder(output.parent)
     with StopOnSignal():
         if options.data == "sample": reference, fresh = load_sample("train"), load_sample("test")

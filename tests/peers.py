@@ -1,7 +1,10 @@
 """diffusers, another implementation of the same papers, set up to do what ours does."""
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
+from torch.nn import functional as F
 
 from ddpm_tutorial.unet import Stage, UNet
 
@@ -55,17 +58,64 @@ def diffusers_unet(ours: UNet) -> UNet2DModel:
     return theirs.eval().requires_grad_(False)
 
 
-def same_layers(ours, theirs):
-    "Pairs of layers (or of a state of ours and a layer of theirs) that do the same."
+def mirrored_unet(ours: UNet):
+    "x, t, labels -> prediction in float64: blocks of diffusers with the weights of ours, wired here. No feed-forward, no patches, sizes that halve."
+    config = ours.config
+    assert config.mirrored and config.patch_size == 1 and not config.feed_forward
+    ends = UNet2DModel(sample_size=config.image_size, in_channels=config.in_channels, out_channels=config.in_channels, # of which we take what is not down or up
+        block_out_channels=[config.base_channels*config.channel_multipliers[level] for level in (0, -1)], down_block_types=["DownBlock2D"]*2, up_block_types=["UpBlock2D"]*2,
+        layers_per_block=1, attention_head_dim=config.head_dim, norm_num_groups=config.num_groups, attn_norm_num_groups=config.num_groups, norm_eps=1e-5,
+        resnet_time_scale_shift="scale_shift", flip_sin_to_cos=True, freq_shift=0, num_class_embeds=config.num_classes + 1 if config.num_classes else None)
+    resnet = lambda i, o: ResnetBlock2D(in_channels=i, out_channels=o, temb_channels=4*config.base_channels, groups=config.num_groups, eps=1e-5, time_embedding_norm="scale_shift")
+    attn = lambda c, attends: Attention(c, heads=c//config.head_dim, dim_head=config.head_dim, eps=1e-5, norm_num_groups=config.num_groups, residual_connection=True,
+                                        bias=True, upcast_softmax=True, _from_deprecated_attn_block=True) if attends else None
+    widths = [config.base_channels*m for m in config.channel_multipliers]
+    attends = [size in config.attention_resolutions for size in config.resolutions]
+    down, up, channels = [], [], config.base_channels
+    for level, width in enumerate(widths):
+        for _ in range(config.num_res_blocks): down.append((resnet(channels, width), attn(channels := width, attends[level])))
+        if level + 1 < len(widths): down.append(Downsample2D(width, use_conv=True, padding=1))
+    for level in reversed(range(len(widths))):
+        for i in range(config.num_res_blocks): up.append((resnet((channels if i == 0 else widths[level]) + widths[level], widths[level]), attn(widths[level], attends[level])))
+        if level: up.append(Upsample2D(widths[level], use_conv=True, out_channels=(channels := widths[level - 1])))
+    layers = lambda sequence: [step if isinstance(step, tuple) else step.conv for step in sequence]
+    for part in nn.ModuleList([ends, *(module for step in down + up for module in (step if isinstance(step, tuple) else [step]) if module is not None)]):
+        for parameter in part.parameters(): nn.init.constant_(parameter, torch.nan)          # one that is forgotten shows
+        part.double().eval().requires_grad_(False)
+    for mine, its in [*same_ends(ours, ends), *same_steps(ours.down, layers(down)), *same_steps(ours.up, layers(up))]:
+        its.load_state_dict(mine if isinstance(mine, dict) else mine.state_dict())
+
+    def forward(x, t, labels):
+        temb = ends.time_embedding(ends.time_proj(t).double())
+        if config.num_classes: temb = temb + ends.class_embedding(labels)
+        stage = lambda step, x: step[0](x, temb) if step[1] is None else step[1](step[0](x, temb))
+        x, kept = ends.conv_in(x), []
+        for step in down:
+            if isinstance(step, tuple): kept.append(x := stage(step, x))
+            else: x = step(x)
+        x = ends.mid_block(x, temb)
+        for step in up: x = stage(step, torch.cat([x, kept.pop()], dim=1)) if isinstance(step, tuple) else step(x)
+        assert not kept
+        return ends.conv_out(F.silu(ends.conv_norm_out(x)))
+    return forward
+
+
+def same_ends(ours, theirs):
+    "Pairs of layers (or of a state of ours and a layer of theirs) that do the same, before, between and after the ways down and up."
     yield ours.time_embedding.linear_1, theirs.time_embedding.linear_1
     yield ours.time_embedding.linear_2, theirs.time_embedding.linear_2
     if ours.class_embedding is not None: yield ours.class_embedding, theirs.class_embedding
     yield ours.conv_in, theirs.conv_in
-    yield from same_steps(ours.down, [step for block in theirs.down_blocks for step in steps(block, block.downsamplers)])
     yield from same_steps(ours.middle, [(theirs.mid_block.resnets[0], theirs.mid_block.attentions[0]), (theirs.mid_block.resnets[1], None)])
-    yield from same_steps(ours.up, [step for block in theirs.up_blocks for step in steps(block, block.upsamplers)])
     yield ours.norm_out, theirs.conv_norm_out
     yield ours.conv_out, theirs.conv_out
+
+
+def same_layers(ours, theirs):
+    "Pairs of layers (or of a state of ours and a layer of theirs) that do the same."
+    yield from same_ends(ours, theirs)
+    yield from same_steps(ours.down, [step for block in theirs.down_blocks for step in steps(block, block.downsamplers)])
+    yield from same_steps(ours.up, [step for block in theirs.up_blocks for step in steps(block, block.upsamplers)])
 
 
 def steps(block, resizers):

@@ -15,10 +15,12 @@ import pytest
 import tyro
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ddpm_tutorial import check, sample, train
+from ddpm_tutorial import check, evaluation, sample, train
 from ddpm_tutorial.config import PRESETS
+from ddpm_tutorial.fast_sampling import METHODS
 
 COMMANDS = {"ddpm_train": (train, "train", train.TrainOptions), "ddpm_sample": (sample, "sample_to_file", sample.SampleOptions),
+            "ddpm_evaluate": (evaluation, "evaluate", evaluation.EvaluateOptions),
             "ddpm_check": (check, "check", check.CheckOptions)}
 WORK = {train: ("load_data", "load_checkpoint", "load_latest", "check_folder", "make_folder", "lock_folder", "write_atomic", "save_run", "start_wandb"),
         sample: ("load_model", "make_folder", "write_atomic"), check: ("load_sample", "load_fashion_mnist", "save_checkpoint", "load_model")}
@@ -53,20 +55,24 @@ ALLOWED = {
         save_every=at_least(1), sample_every=at_least(1), log_every=at_least(1), epochs=at_least(1), max_steps=at_least(1), batch_size=at_least(1),
         warmup_steps=at_least(0), seed=seed, lr=above(0), grad_clip=above(0), weight_decay=lambda v: 0 <= v < math.inf, label_dropout=share, ema_decay=share,
         guidance_scale=lambda v: 0 <= v < math.inf, num_inference_steps=lambda v: v is None or 1 <= v <= 500,
-        schedule=one_of("linear", "cosine"), prediction_type=one_of("epsilon", "sample", "v_prediction"), variance_type=one_of("fixed_small", "fixed_large"),
-        num_steps=at_least(100),                                     # `small` samples in 100 steps
-        image_size=one_of(13, 14, 25, 26, 27, 28),                   # the others have no level of 7, where `small` attends
-        patch_size=one_of(1, 2, 4),                                  # divides 28, leaves a level of 7, and 2 pixels for the last
+        schedule=one_of("linear", "cosine"), method=one_of(*METHODS), mirrored=anything, prediction_type=one_of("epsilon", "sample", "v_prediction"), variance_type=one_of("fixed_small", "fixed_large"),
+        num_steps=at_least(1),
+        image_size=at_least(8),                                      # leaves 2 pixels for the last of three levels
+        patch_size=one_of(1, 2, 4),                                  # divides 28, and leaves 2 pixels for the last of three levels
         in_channels=at_least(1), num_classes=at_least(0), num_res_blocks=at_least(1),
         base_channels=lambda v: v > 0 and v % 32 == 0,               # groups and heads of 32
-        channel_multipliers=lambda v: 3 <= len(v) <= 5 and min(v) > 0, # a level of 7, and 2 pixels for the last
+        channel_multipliers=lambda v: 1 <= len(v) <= 5 and min(v) > 0, # 2 pixels for the last
         attention_resolutions=lambda v: set(v) <= set(SMALL_LEVELS), attention=one_of("self", "linear"),
         head_dim=lambda v: v > 0 and 128 % v == 0, num_groups=lambda v: v > 0 and 32 % v == 0),
     "ddpm_sample": dict(
         checkpoint=anything, config=anything, output=lambda v: v is None or v.suffix in (".png", ".npz"), output_dir=anything, device=anything,
-        mode=one_of("grid", "class_grid", "progressive"), method=one_of(*sample.METHODS), precision=one_of("auto", "fp32", "bf16"),
+        mode=one_of("grid", "class_grid", "progressive"), method=one_of(None, *METHODS), precision=one_of("auto", "fp32", "bf16"),
         num_samples=at_least(1), class_label=at_least(0), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
         guidance_scale=lambda v: v is None or 0 <= v < math.inf),
+    "ddpm_evaluate": dict(
+        checkpoint=anything, config=anything, samples=lambda v: v is None or v.suffix == ".npz", output=lambda v: v is None or v.suffix == ".json", data_root=anything, device=anything,
+        method=one_of(None, *METHODS), precision=one_of("auto", "fp32", "bf16"), data=one_of("fashion_mnist", "sample"),
+        num_samples=at_least(20), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed, guidance_scale=lambda v: v is None or 0 <= v < math.inf),
     "ddpm_check": dict(config=one_of(*PRESETS), data_root=anything, device=anything, precision=one_of("auto", "fp32", "bf16")),
 }
 

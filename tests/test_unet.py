@@ -8,10 +8,10 @@ from torch.testing import assert_close
 from ddpm_tutorial.attention import AttentionBlock
 from ddpm_tutorial.embeddings import AdaGN, ClassEmbedding, group_norm, sinusoidal_embedding
 from ddpm_tutorial.unet import Downsample, ResBlock, Stage, UNet, UNetConfig, Upsample
-from peers import diffusers_unet, double, randomised
+from peers import diffusers_unet, double, mirrored_unet, randomised
 
 EXACT = dict(rtol=0, atol=1e-12)    # float64 on both sides, one layer
-ODD = {"28 with four levels": UNetConfig(base_channels=16, channel_multipliers=(1, 1, 2, 2), num_groups=4, head_dim=8),
+ODD = {"28 with four levels": UNetConfig(base_channels=16, channel_multipliers=(1, 1, 2, 2), num_groups=4, head_dim=8, mirrored=False),
        "29": UNetConfig(image_size=29, base_channels=16, channel_multipliers=(1, 2, 2), attention_resolutions=(15,), num_groups=4, head_dim=8),
        "30 in patches of 2": UNetConfig(image_size=30, patch_size=2, base_channels=16, channel_multipliers=(1, 2),
                                         attention_resolutions=(8,), num_groups=4, head_dim=8, attention="linear")}
@@ -84,7 +84,7 @@ def test_residual_block(out_channels):
 @pytest.mark.parametrize("height, width", [(28, 28), (7, 7), (9, 4), (2, 3)])
 def test_down_and_up_stay_in_place(height, width):
     "Pixel k of the small map stands over pixel 2k of the large one, both ways, for even and odd sizes: nothing drifts."
-    down, up, x = randomised(Downsample(2)).double(), randomised(Upsample(2)).double(), draw(1, 2, height, width)
+    down, up, x = randomised(Downsample(2)).double(), randomised(Upsample(2, 2)).double(), draw(1, 2, height, width)
     full = F.conv2d(x, down.weight, down.bias, padding=1)           # at every pixel; stride 2 keeps the even ones
     assert_close(down(x), full[..., ::2, ::2], **EXACT)
     small = down(x)
@@ -94,10 +94,11 @@ def test_down_and_up_stay_in_place(height, width):
 
 
 @pytest.mark.parametrize("config", [
-    UNetConfig(base_channels=32, attention_resolutions=(7, 14), feed_forward=False),
+    UNetConfig(base_channels=32, attention_resolutions=(7, 14), feed_forward=False, mirrored=False),
     UNetConfig(image_size=32, in_channels=3, base_channels=16, channel_multipliers=(1, 2, 2, 3), num_res_blocks=2,
-               attention_resolutions=(16, 4), head_dim=8, num_groups=8, feed_forward=False),
-    UNetConfig(num_classes=0, patch_size=2, base_channels=16, channel_multipliers=(1, 2), head_dim=16, num_groups=4, feed_forward=False),
+               attention_resolutions=(16, 4), head_dim=8, num_groups=8, feed_forward=False, mirrored=False),
+    UNetConfig(num_classes=0, patch_size=2, base_channels=16, channel_multipliers=(1, 2), head_dim=16, num_groups=4, attention_resolutions=(7,),
+               feed_forward=False, mirrored=False),
 ], ids=["28x28, three levels", "32x32, four levels, colour", "patches, no classes"])
 def test_unet_against_diffusers(config):
     "The same random weights, float64: equal to 1e-10, where the output is about 1. Times at both ends, the null label too."
@@ -113,6 +114,19 @@ def test_unet_against_diffusers(config):
     assert_close(ours(x, t, **cond), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("config", [
+    UNetConfig(base_channels=16, channel_multipliers=(1, 2, 3), head_dim=8, num_groups=4, feed_forward=False),
+    UNetConfig(image_size=32, in_channels=3, num_classes=0, base_channels=16, channel_multipliers=(1, 1, 2, 4), num_res_blocks=2, attention_resolutions=(16, 4),
+               head_dim=16, num_groups=8, feed_forward=False),
+], ids=["28x28, three levels", "32x32, four levels, two blocks, attention, no classes"])
+def test_mirrored_unet_against_diffusers_blocks(config):
+    "The blocks of diffusers with the same random weights, wired by hand: one block up for each block down, and its map beside it. Equal to 1e-10."
+    ours, (x, t, labels) = randomised(UNet(config)), inputs(config)
+    expected = mirrored_unet(ours)(x, t, labels)
+    assert expected.std() > 0.1
+    assert_close(double(ours)(x, t, **({"labels": labels} if config.num_classes else {})), expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_every_resolution_is_reached(name):
     "What the maps measure on the way down and up, read off the running model; and the output is as large as the input."
@@ -125,7 +139,7 @@ def test_every_resolution_is_reached(name):
     assert model(x.float(), t, labels).shape == x.shape
     expected = {"28 with four levels": [28, 14, 7, 4], "29": [29, 15, 8], "30 in patches of 2": [15, 8]}[name]
     assert list(config.resolutions) == expected
-    assert seen["down"] == expected and seen["up"] == [size for size in reversed(expected) for _ in range(2)]
+    assert seen["down"] == expected and seen["up"] == [size for size in reversed(expected) for _ in range(1 if config.mirrored else 2)]
     attends = [isinstance(layer.attention, AttentionBlock) for layer in model.down if isinstance(layer, Stage)]
     assert attends == [size in config.attention_resolutions for size in expected]
 
