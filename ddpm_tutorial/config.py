@@ -80,9 +80,9 @@ def differences(
             else: yield f"{prefix}{name}", value
     return [name for (name, a), (_, b) in zip(flat(asdict(one)), flat(asdict(other))) if a != b]
 
-# %% ../nbs/10_config.ipynb #98028891
+# %% ../nbs/10_config.ipynb #342ca48c
 TINY = Config(
-    model=UNetConfig(base_channels=64, channel_multipliers=(1, 1), patch_size=2, attention_resolutions=(7,), num_groups=8),
+    model=UNetConfig(base_channels=64, channel_multipliers=(1, 1), patch_size=2, mirrored=False, attention_resolutions=(7,), num_groups=8),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=200, prediction_type="v_prediction"),
     train=TrainConfig(epochs=2, max_steps=1500, batch_size=64, lr=2e-3, warmup_steps=50, lr_decay=True),
     guidance_scale=2.0)

@@ -8,8 +8,8 @@ __all__ = ['CLASSIFIER', 'CLASSIFIER_SHA256', 'Classifier', 'train_classifier', 
            'nearest_distance', 'figures', 'alike', 'EvaluateOptions', 'inception_distance', 'samples_to_measure',
            'evaluate', 'ddpm_evaluate']
 
-# %% ../nbs/15_evaluation.ipynb #6ec20c74
-import hashlib, json
+# %% ../nbs/15_evaluation.ipynb #c593089a
+import hashlib, json, warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -124,14 +124,16 @@ def frechet_distance(
     for points, real in ((one, True), (other, False)): metric.update(points.double(), real=real)
     return metric.compute().item()
 
-# %% ../nbs/15_evaluation.ipynb #abd0a450
+# %% ../nbs/15_evaluation.ipynb #d0dafbe4
 def kernel_distance(
     one: Tensor,   # features (n, d)
     other: Tensor, # features (m, d)
     subsets: int=50 # of 500 points, at most half of the smaller set
 ) -> float:        # about 0 for equal distributions; may be below
     "Squared maximum mean discrepancy with a cubic kernel, unbiased ([1801.01401](https://arxiv.org/abs/1801.01401), 4), by torchmetrics."
-    metric = KernelInceptionDistance(feature=computed(one.shape[1]), subsets=subsets, subset_size=min(500, len(one)//2, len(other)//2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # it warns that it keeps the features, which it must
+        metric = KernelInceptionDistance(feature=computed(one.shape[1]), subsets=subsets, subset_size=min(500, len(one)//2, len(other)//2))
     for points, real in ((one, True), (other, False)): metric.update(points, real=real)
     with torch.random.fork_rng(devices=[]):    # it chooses subsets by the global generator
         torch.manual_seed(0)

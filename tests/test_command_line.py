@@ -23,7 +23,7 @@ COMMANDS = {"ddpm_train": (train, "train", train.TrainOptions), "ddpm_sample": (
             "ddpm_evaluate": (evaluation, "evaluate", evaluation.EvaluateOptions),
             "ddpm_check": (check, "check", check.CheckOptions)}
 WORK = {train: ("load_data", "load_checkpoint", "load_latest", "check_folder", "make_folder", "lock_folder", "write_atomic", "save_run", "start_wandb"),
-        sample: ("load_model", "make_folder", "write_atomic"), check: ("load_sample", "load_fashion_mnist", "save_checkpoint", "load_model")}
+        sample: ("load_model", "make_folder", "write_atomic"), evaluation: ("load_fashion_mnist", "look_at", "make_folder", "write_atomic"), check: ("load_sample", "load_fashion_mnist", "save_checkpoint", "load_model")}
 quiet = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 def leaves(cls, hidden=("image_shape", "classes")):
@@ -55,7 +55,7 @@ ALLOWED = {
         save_every=at_least(1), sample_every=at_least(1), log_every=at_least(1), epochs=at_least(1), max_steps=at_least(1), batch_size=at_least(1),
         warmup_steps=at_least(0), seed=seed, lr=above(0), grad_clip=above(0), weight_decay=lambda v: 0 <= v < math.inf, label_dropout=share, ema_decay=share,
         guidance_scale=lambda v: 0 <= v < math.inf, num_inference_steps=lambda v: v is None or 1 <= v <= 500,
-        schedule=one_of("linear", "cosine"), method=one_of(*METHODS), mirrored=anything, prediction_type=one_of("epsilon", "sample", "v_prediction"), variance_type=one_of("fixed_small", "fixed_large"),
+        schedule=one_of("linear", "cosine"), method=one_of(*METHODS), prediction_type=one_of("epsilon", "sample", "v_prediction"), variance_type=one_of("fixed_small", "fixed_large"),
         num_steps=at_least(1),
         image_size=at_least(8),                                      # leaves 2 pixels for the last of three levels
         patch_size=one_of(1, 2, 4),                                  # divides 28, and leaves 2 pixels for the last of three levels
@@ -116,7 +116,7 @@ def kind_of(kind):
     "(type, whether None may be typed) of a field: int, float, bool, str, Path, tuple, or a tuple of choices."
     args = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal: return args, False
-    if typing.get_origin(kind) in (typing.Union, types.UnionType): return next(a for a in args if a is not type(None)), True
+    if typing.get_origin(kind) in (typing.Union, types.UnionType): return kind_of(next(a for a in args if a is not type(None)))[0], True
     return (tuple, False) if typing.get_origin(kind) is tuple else (kind, False)
 
 # --- random command lines ---
@@ -173,7 +173,7 @@ def piece(draw, command):
 @st.composite
 def command_line(draw):
     "A command and its arguments."
-    command = draw(st.sampled_from(["ddpm_train", "ddpm_train", "ddpm_sample", "ddpm_check"]))
+    command = draw(st.sampled_from(["ddpm_train", "ddpm_train", "ddpm_sample", "ddpm_evaluate", "ddpm_check"]))
     pieces = draw(st.lists(piece(command), min_size=draw(st.sampled_from([0, 1, 1, 1, 1, 1, 1, 1, 1, 1])), max_size=4))
     if command == "ddpm_sample" and draw(st.integers(0, 7)): pieces.append(["--checkpoint", "a.pth"])
     if pieces and draw(st.integers(0, 7)) == 0: pieces.append(draw(st.sampled_from(pieces))) # said twice
