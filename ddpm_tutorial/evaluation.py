@@ -8,7 +8,7 @@ __all__ = ['CLASSIFIER', 'CLASSIFIER_SHA256', 'Classifier', 'train_classifier', 
            'nearest_distance', 'figures', 'alike', 'EvaluateOptions', 'inception_distance', 'samples_to_measure',
            'evaluate', 'ddpm_evaluate']
 
-# %% ../nbs/15_evaluation.ipynb #c593089a
+# %% ../nbs/15_evaluation.ipynb #e912b7d1
 import hashlib, json, warnings
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .checkpoint import make_folder, write_atomic
 from .config import ConfigError, choose_device, choose_precision, memory_advice, parse_options, run_command
-from .data import CLASSES, ImageData, batches, load_fashion_mnist, load_images, load_sample, to_float, to_uint8
+from .data import CLASSES, ImageData, batches, load_fashion_mnist, load_images, load_sample, to_float, to_uint8, without_labels
 from .parallel import StopOnSignal
 from .sample import DrawOptions, draw_samples, in_words, model_to_draw, run_folder
 from .training import random_generator
@@ -159,7 +159,7 @@ def nearest_distance(
     others = others.flatten(1).float()
     return torch.cat([torch.cdist(part.flatten(1).float(), others).min(dim=1).values for part in images.split(100)])/others.shape[1]**0.5
 
-# %% ../nbs/15_evaluation.ipynb #db418c96
+# %% ../nbs/15_evaluation.ipynb #d2cb6d26
 def figures(
     images: ImageData,       # with the labels that were asked for
     reference: ImageData,    # the training images
@@ -168,13 +168,12 @@ def figures(
 ) -> dict:                   # name to number
     "All that can be said about images as against the training images."
     seen = look_at(images.images, classifier)
-    (agreement, error), distance = class_agreement(seen, images.labels), nearest_distance(images.images, reference.images)
     part = torch.randperm(len(reference), generator=random_generator(0, 6))[:len(images)]    # coverage asks for as many real ones
     density, coverage = density_and_coverage(seen_reference.features[part], seen.features)
-    return {"class_agreement": agreement, "class_agreement_error": error,
-            "frechet_distance": frechet_distance(seen_reference.features, seen.features),
+    found = dict(zip(("class_agreement", "class_agreement_error"), class_agreement(seen, images.labels))) if images.classes else {}
+    return {**found, "frechet_distance": frechet_distance(seen_reference.features, seen.features),
             "kernel_distance": kernel_distance(seen_reference.features, seen.features), "density": density, "coverage": coverage,
-            "nearest_training_image": distance.median().item()}
+            "nearest_training_image": nearest_distance(images.images, reference.images).median().item()}
 
 def alike(
     data: ImageData, # to choose from
@@ -238,7 +237,7 @@ def samples_to_measure(
                                precision=choose_precision(options.precision, device))
     return ImageData(to_uint8(samples), labels, config.classes), in_words(options, config)
 
-# %% ../nbs/15_evaluation.ipynb #d016e6ce
+# %% ../nbs/15_evaluation.ipynb #79c7245d
 def evaluate(
     options: EvaluateOptions
 ) -> dict: # {"samples": figures, "real": figures, ...}
@@ -250,7 +249,8 @@ def evaluate(
         else: reference, fresh = load_fashion_mnist(options.data_root, "train"), load_fashion_mnist(options.data_root, "test")[2000:] # 2,000 chose the weights
         samples, what = samples_to_measure(options)
         classifier = load_classifier()
-        real, seen_reference = alike(fresh, samples.labels if samples.classes else fresh.labels[:len(samples)]), look_at(reference.images, classifier)
+        real = alike(fresh, samples.labels) if samples.classes else without_labels(alike(fresh, fresh.labels[:len(samples)]))
+        seen_reference = look_at(reference.images, classifier)
         result = {"what": what, "data": options.data, "num_images": len(samples), "num_reference": len(reference),
                   "samples": figures(samples, reference, seen_reference, classifier), "real": figures(real, reference, seen_reference, classifier)}
         if options.inception:

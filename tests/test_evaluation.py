@@ -1,0 +1,198 @@
+"The figures against formulas worked out otherwise, and the command as a user types it."
+import json
+import os
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg, stats
+
+from ddpm_tutorial import evaluation
+from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_model, load_pretrained, save_weights
+from ddpm_tutorial.config import PRESETS, ConfigError, new_model
+from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
+from ddpm_tutorial.evaluation import (Seen, alike, class_agreement, density_and_coverage, figures, frechet_distance, kernel_distance,
+                                      load_classifier, look_at, nearest_distance, train_classifier)
+
+def points(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+def skewed(n, d, seed=0):
+    "Correlated points whose spread differs by direction."
+    return points(n, d, seed) @ points(d, d, 99) + points(1, d, 98)
+
+def command(*args):
+    "Exit code of `ddpm_evaluate`."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ddpm_evaluate", *map(str, args)])
+        try: evaluation.ddpm_evaluate()
+        except SystemExit as stop: return stop.code
+    return 0
+
+# --- figures ---
+
+def test_frechet_distance_by_the_matrix_root():
+    "The formula with scipy's matrix square root, in float64."
+    one, other = skewed(300, 12), 1.3*skewed(200, 12, 1) + 0.2
+    a, b = one.double().numpy(), other.double().numpy()
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    expected = ((a.mean(0) - b.mean(0))**2).sum() + np.trace(first + second - 2*linalg.sqrtm(first @ second).real)
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(other, one) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
+
+def test_kernel_distance_by_all_pairs():
+    "With subsets that are the whole set: the unbiased estimate, pair by pair. And zero on average for one distribution."
+    one, other = points(40, 6), points(40, 6, 1) + 0.5
+    kernel = lambda x, y: ((x.double() @ y.double().T)/6 + 1)**3
+    inner = lambda k: (k.sum() - k.diagonal().sum())/(len(k)*(len(k) - 1))
+    half = [(torch.randperm(40), torch.randperm(40)) for _ in range(400)]
+    expected = np.mean([(inner(kernel(one[a[:20]], one[a[:20]])) + inner(kernel(other[b[:20]], other[b[:20]])) - 2*kernel(one[a[:20]], other[b[:20]]).mean()).item() for a, b in half])
+    assert kernel_distance(one, other, subsets=400) == pytest.approx(expected, rel=0.1)
+    before = torch.get_rng_state()
+    found = [kernel_distance(points(100, 8, seed), points(100, 8, seed + 1000), subsets=5) for seed in range(300)]
+    assert abs(np.mean(found)) < 3*np.std(found)/300**0.5 and min(found) < 0 < max(found)
+    assert kernel_distance(one, other) == kernel_distance(one, other) and torch.equal(torch.get_rng_state(), before) # it leaves the dice alone
+
+def test_density_and_coverage_by_counting():
+    "One ball after the other."
+    real, generated = points(60, 3), 0.8*points(45, 3, 1)
+    distance = np.linalg.norm(real[:, None].numpy() - real[None].numpy(), axis=-1)
+    radius = np.sort(distance, axis=1)[:, 5]
+    inside = np.linalg.norm(real[:, None].numpy() - generated[None].numpy(), axis=-1) < radius[:, None]
+    density, coverage = density_and_coverage(real, generated)
+    assert density == pytest.approx(inside.sum()/(5*45)) and coverage == pytest.approx(np.mean(inside.any(axis=1)))
+
+def test_nearest_distance_by_hand():
+    "Root mean square over the pixels, in grey levels, over more images than one batch; colour too."
+    generator = torch.Generator().manual_seed(0)
+    images, others = (torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator) for n in (230, 40))
+    expected = ((images[:, None].double() - others[None].double())**2).mean(dim=(2, 3, 4)).sqrt().min(dim=1).values
+    torch.testing.assert_close(nearest_distance(images, others).double(), expected, rtol=1e-4, atol=1e-2)
+    assert not nearest_distance(others, others).any()
+
+def test_class_agreement():
+    "Share and standard error; the latter as scipy has it."
+    seen = Seen(points(200, 128), torch.arange(200) % 10)
+    labels = (torch.arange(200) % 10).where(torch.arange(200) >= 30, torch.tensor(11))
+    share, error = class_agreement(seen, labels)
+    assert share == 0.85 and error == pytest.approx(stats.binom(200, 0.85).std()/200)
+
+def test_figures_notice_what_they_are_for():
+    "Wrong labels, copies, a part that is missing: each in the figure that is there for it."
+    reference, fresh, classifier = load_sample("train"), load_sample("test"), load_classifier()
+    seen = look_at(reference.images, classifier)
+    measure = lambda images: figures(images, reference, seen, classifier)
+    real = measure(fresh)
+    assert real["class_agreement"] > 0.88 and real["coverage"] > 0.9
+    assert measure(replace(fresh, labels=fresh.labels.roll(20)))["class_agreement"] < 0.1
+    assert measure(alike(reference, fresh.labels))["nearest_training_image"] == 0 < real["nearest_training_image"]
+    shoes = fresh[(fresh.labels == 7) | (fresh.labels == 9)]
+    assert measure(shoes)["coverage"] < 0.6*measure(alike(fresh, torch.arange(40) % 10))["coverage"]
+    unlabelled = ImageData(fresh.images, torch.zeros_like(fresh.labels), ())
+    assert "class_agreement" not in measure(unlabelled) and measure(unlabelled)["frechet_distance"] == real["frechet_distance"]
+
+def test_alike():
+    "As many of each class, none twice, in another choice for another seed."
+    data, labels = load_sample("train"), torch.tensor([3]*5 + [9]*2)
+    numbered = ImageData(data.images, data.labels, CLASSES)
+    chosen = alike(numbered, labels)
+    assert chosen.labels.tolist() == [3]*5 + [9]*2 and len(chosen.images.flatten(1).unique(dim=0)) == 7
+    assert not torch.equal(chosen.images, alike(numbered, labels, seed=1).images)
+    with pytest.raises(ConfigError, match="101 samples of class 'Bag'.*there are 100"): alike(data, torch.full((101,), 8))
+
+# --- the classifier ---
+
+def test_classifier_is_as_good_as_promised():
+    "At least 93 % of the 10,000 test images."
+    if not os.environ.get("DDPM_DATA_ROOT"): pytest.skip("the real Fashion-MNIST is not at hand: set DDPM_DATA_ROOT to the folder that holds FashionMNIST/raw")
+    test = load_fashion_mnist(None, "test")
+    assert (look_at(test.images, load_classifier()).classes == test.labels).float().mean() >= 0.93
+
+def test_another_classifier_is_refused(tmp_path, monkeypatch):
+    "One changed byte, and no figure is given."
+    stored = bytearray(evaluation.CLASSIFIER.read_bytes())
+    stored[-1] ^= 1
+    (tmp_path/"classifier.safetensors").write_bytes(stored)
+    monkeypatch.setattr(evaluation, "CLASSIFIER", tmp_path/"classifier.safetensors")
+    with pytest.raises(RuntimeError, match="not the published classifier"): load_classifier()
+
+def test_train_classifier_learns_and_repeats():
+    "Three rounds over 1,000 images: far better than guessing, the same every time, the global dice untouched."
+    data, test, before = load_sample("train"), load_sample("test"), torch.get_rng_state()
+    one, other = train_classifier(data, epochs=3), train_classifier(data, epochs=3)
+    assert torch.equal(torch.get_rng_state(), before) and not one.training
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert (look_at(test.images, one).classes == test.labels).float().mean() > 0.4
+
+# --- trained weights ---
+
+def test_the_small_model_that_comes_with_the_package():
+    "Its configuration is the preset's, its file is small, its weights are numbers."
+    model, config = load_pretrained()
+    assert config.model == PRESETS["small"].model and config.scheduler == PRESETS["small"].scheduler
+    assert PRETRAINED["small"].stat().st_size <= 8e6 and not model.training
+    assert all(weight.isfinite().all() and weight.dtype == torch.float32 for weight in model.state_dict().values())
+    with pytest.raises(ValueError, match="name must be one of"): load_pretrained("tiny")
+
+def test_save_weights_there_and_back(tmp_path):
+    "Half precision, and the same configuration; a file that is cut, changed or of another kind is refused with its name."
+    config = replace(PRESETS["tiny"], guidance_scale=1.25)
+    weights = new_model(config).state_dict()
+    save_weights(tmp_path/"a.safetensors", weights, config)
+    model, found = load_model(tmp_path/"a.safetensors")
+    assert found == config and all(torch.equal(weight, weights[name].half().float()) for name, weight in model.state_dict().items())
+    save_weights(tmp_path/"b.safetensors", {name: weight for name, weight in weights.items() if "conv_out" not in name}, config)
+    (tmp_path/"c.safetensors").write_bytes((tmp_path/"a.safetensors").read_bytes()[:-1])
+    (tmp_path/"d.safetensors").write_bytes(b"PK" + bytes(100))
+    (tmp_path/"e.safetensors").write_bytes(evaluation.CLASSIFIER.read_bytes())     # no configuration
+    for name, message in (("b", "do not fit"), ("c", "cannot be read"), ("d", "cannot be read"), ("e", "must come from save_weights"), ("f", "cannot be read")):
+        with pytest.raises(CheckpointError, match=f"{name}.safetensors.*{message}"): load_model(tmp_path/f"{name}.safetensors")
+
+# --- the command ---
+
+QUICK = ("--data", "sample", "--num_samples", 20, "--num_inference_steps", 2, "--device", "cpu")
+
+def test_evaluate_the_shipped_model(tmp_path, monkeypatch, capsys):
+    "Without any checkpoint: figures of samples and of real images, printed and in a file of the run's own folder."
+    monkeypatch.chdir(tmp_path)
+    assert command(*QUICK) == 0
+    result, said = json.loads((tmp_path/"outputs"/"small"/"evaluation.json").read_text()), capsys.readouterr()
+    assert result["samples"].keys() == result["real"].keys() and result["num_images"] == 20 and result["num_reference"] == 1000
+    assert "the trained small, dpm++, 2 steps, guidance 2, averaged weights, seed 0" in said.out and "20 images against 1,000 training images" in said.out
+    assert f"{result['samples']['frechet_distance']:.4g}" in said.out and said.err == ""
+    assert command(*QUICK, "--output", "again.json") == 0
+    assert json.loads((tmp_path/"again.json").read_text()) == result      # the same seed, the same figures
+
+def test_evaluate_a_file_of_samples(tmp_path):
+    "Real images as samples: the figures of real images. Without labels there is no agreement."
+    fresh = load_sample("test")
+    pixels = fresh.images.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path/"real.npz", arr_0=pixels, arr_1=fresh.labels.numpy())
+    assert command(*QUICK, "--samples", tmp_path/"real.npz", "--output", tmp_path/"a.json") == 0
+    found = json.loads((tmp_path/"a.json").read_text())
+    assert found["num_images"] == 200 and found["samples"]["frechet_distance"] == pytest.approx(found["real"]["frechet_distance"], rel=1e-3)
+    np.savez(tmp_path/"bare.npz", arr_0=pixels[:50])
+    assert command(*QUICK, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"b.json") == 0
+    found = json.loads((tmp_path/"b.json").read_text())
+    assert "class_agreement" not in found["samples"] and "class_agreement" not in found["real"]
+
+@pytest.mark.parametrize("args, code, message", [
+    (("--checkpoint", "nowhere.pth"), 2, "nowhere.pth is not there"),
+    (("--num_samples", 2000), 2, "take fewer samples"),
+    (("--num_inference_steps", 501), 2, "num_inference_steps must be in 1 ... 500"),
+    (("--samples", "nothing.npz"), 1, "nothing.npz"),
+    (("--samples", "colour.npz"), 2, "1x28x28 pixels, not 3x28x28"),
+    (("--samples", "labels.npz"), 2, "labels up to 12"),
+])
+def test_evaluate_refuses(tmp_path, monkeypatch, capsys, args, code, message):
+    "One line that says what is wrong; no file."
+    monkeypatch.chdir(tmp_path)
+    fresh = load_sample("test")
+    np.savez(tmp_path/"colour.npz", arr_0=fresh.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy(), arr_1=fresh.labels.numpy())
+    np.savez(tmp_path/"labels.npz", arr_0=fresh.images.permute(0, 2, 3, 1).numpy(), arr_1=fresh.labels.numpy() % 2 + 11)
+    assert command(*QUICK, *args) == code
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.json"))
