@@ -19,7 +19,9 @@ def main():
         run(programs/"ddpm_check", "--device", "cpu")
         run(programs/"ddpm_train", "--config", "tiny", "--data", "sample", "--max_steps", "3", "--no-wandb", "--device", "cpu", "--output_dir", "run")
         run(programs/"ddpm_sample", "--checkpoint", "run/checkpoints/best_model.pth", "--num_inference_steps", "3", "--device", "cpu", "--output", "grid.png")
+        run(programs/"ddpm_sample", "--num_samples", "4", "--num_inference_steps", "3", "--device", "cpu")          # by the model inside the wheel
+        run(programs/"ddpm_evaluate", "--data", "sample", "--num_samples", "20", "--num_inference_steps", "2", "--device", "cpu")
         size = (Path(folder)/"grid.png").stat().st_size
-    print(f"{wheel.name} works in a clean environment: checked, trained, sampled ({size:,} bytes of picture)")
+    print(f"{wheel.name} works in a clean environment: checked, trained, sampled, evaluated ({size:,} bytes of picture)")
 
 if __name__ == "__main__": main()
