@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test export-check lint nbdev-test nbval unit soak wheel lab refresh clean
+.PHONY: help install demo test export-check lint nbdev-test nbval unit soak bench wheel lab refresh clean
 
 help:
 	@echo "make demo     train the tiny model on all of Fashion-MNIST (minutes on two cores), leave pictures"
 	@echo "make test     everything that must hold: export, lint, notebooks, unit tests"
 	@echo "make soak     kill a run 200 times, and look for a lost checkpoint (minutes)"
+	@echo "make bench    measure speed and memory against diffusers and lucidrains (more than an hour on two cores)"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make wheel    build the package and try it in a clean environment"
 	@echo "make refresh  run the notebooks as a reader does and store their outputs"
@@ -50,6 +51,9 @@ unit: install
 
 soak: install
 	OMP_NUM_THREADS=1 DDPM_KILLS=200 $(BIN)/pytest -q -rP tests/test_saves.py -k killed
+
+bench: install
+	$(BIN)/python tools/bench.py --compiled
 
 wheel: install
 	rm -rf dist

@@ -35,7 +35,7 @@ def conditions_for(
             raise ValueError(f"{name} is {tuple(value.shape)}, but there are {shape[0]} samples: it needs one row for each")
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in cond.items()}
 
-# %% ../nbs/06_sampler.ipynb #9179ea06
+# %% ../nbs/06_sampler.ipynb #9e0347fb
 def first_noise(
     noise: Tensor|None,     # (B, ...), or None to draw it
     shape: tuple[int, ...], # of the samples (B, ...)
@@ -46,20 +46,22 @@ def first_noise(
     if noise.shape != torch.Size(shape): raise ValueError(f"noise is {tuple(noise.shape)}, but the samples are to be {tuple(shape)}")
     return noise
 
+# %% ../nbs/06_sampler.ipynb #e6ef9839
 def imagine(
-    model: Callable,                    # model(x, t, **cond) -> prediction
+    model: Callable,        # model(x, t, **cond) -> prediction
     scheduler: NoiseScheduler,
-    x: Tensor,                          # noisy images (B, ...)
-    t: int,                             # their time
-    clip_sample: bool,                  # keep x0 in [-1, 1]
-    cond: dict                          # handed to the model
-) -> Tensor:                            # x0, float32 as x
+    x: Tensor,              # noisy images (B, ...)
+    t: int,                 # their time
+    clip_sample: bool,      # keep x0 in [-1, 1]
+    cond: dict              # handed to the model
+) -> Tensor:                # x0, as x
     "The clean images that the model sees in the noisy ones."
     times = torch.full(x.shape[:1], t)
     output = model(x, times.to(x.device), **cond).to(x) # the step is float32, whatever the network worked in
     x0, _ = scheduler.to_x0_and_noise(output, x, times)
     return x0.clamp(-1, 1) if clip_sample else x0
 
+# %% ../nbs/06_sampler.ipynb #6de9b185
 @torch.no_grad()
 def ddpm_steps(
     model: Callable,                    # model(x, t, **cond) -> prediction

@@ -1,6 +1,8 @@
 """diffusers, another implementation of the same papers, set up to do what ours does."""
+from fractions import Fraction
+
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
@@ -28,13 +30,42 @@ def double(ours):
     return ours.double()
 
 
+def betas_of(schedule, T):
+    "Its settings for our betas."
+    return dict(beta_start=1e-4*1000/T, beta_end=0.02*1000/T, beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule])
+
+
+def exact_products(schedule, T): return torch.cumprod(1 - torch.tensor(reference.betas(schedule, T), dtype=torch.float64), dim=0)
+
+
 def diffusers_scheduler(schedule, T, exact=False, **settings):
     "Its betas are float32; `exact` replaces its table of cumulative products by a float64 one, and leaves the formulas alone."
-    theirs = DDPMScheduler(T, beta_start=1e-4*1000/T, beta_end=0.02*1000/T, clip_sample=False,
-                           beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule], **settings)
-    if exact:
-        betas = torch.tensor(reference.betas(schedule, T), dtype=torch.float64)
-        theirs.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    theirs = DDPMScheduler(T, clip_sample=False, **betas_of(schedule, T), **settings)
+    if exact: theirs.alphas_cumprod = exact_products(schedule, T)
+    return theirs
+
+
+def diffusers_ddim(schedule, T, clip, **settings):
+    "With a float64 table."
+    theirs = DDIMScheduler(T, clip_sample=clip, set_alpha_to_one=True, **betas_of(schedule, T), **settings)
+    theirs.alphas_cumprod = exact_products(schedule, T)
+    return theirs
+
+
+def ddim_step(theirs, output, t, prev_t, x, eta, noise):
+    "It takes `t - T//n` for the previous time: this n makes it ours. By default it would keep the noise that belongs to the unclipped x0."
+    theirs.num_inference_steps = Fraction(theirs.config.num_train_timesteps, t - prev_t)
+    return theirs.step(output, t, x, eta=eta, use_clipped_model_output=True, variance_noise=noise)
+
+
+def diffusers_dpm_solver(schedule, T, times, **settings):
+    "DPM-Solver++(2M) at these times, with noise levels in float64; its steps bring x to float32 all the same."
+    theirs = DPMSolverMultistepScheduler(T, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
+                                         lower_order_final=True, lambda_min_clipped=-float("inf"), thresholding=False,
+                                         **betas_of(schedule, T), **settings)
+    theirs.set_timesteps(timesteps=times)
+    a = exact_products(schedule, T)[times]
+    theirs.sigmas = torch.cat([((1 - a)/a).sqrt(), torch.zeros(1, dtype=torch.float64)])
     return theirs
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from ddpm_tutorial.sampler import METHODS, ddpm_steps, guided, sample
+from ddpm_tutorial.sampler import Step, ddpm_steps, first_noise, guided, imagine, sample
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
@@ -76,8 +76,56 @@ def test_steps_are_what_they_say():
         assert_close(steps[-1].x, steps[-1].x0, rtol=0, atol=1e-6)     # the last step adds no noise
         last = sample(model, scheduler, SHAPE, generator=seeded(), num_inference_steps=10, clip_sample=clip)
         assert torch.equal(last, steps[-1].x)
-    assert METHODS["ddpm"] is ddpm_steps
-    with pytest.raises(ValueError, match="method must be one of"): sample(model, scheduler, SHAPE, generator=seeded(), method="ode")
+
+
+def test_sample_takes_a_method():
+    "Any generator of steps, which gets all the arguments; the last x is the result. Ancestral sampling if nothing is said."
+    def method(model, scheduler, shape, **kwargs):
+        for k in range(3): yield Step(2 - k, torch.full(shape, float(k)), None)
+        seen.append((model, scheduler, kwargs))
+    seen, model, scheduler, generator = [], small_unet(), NoiseScheduler.cosine(5), seeded()
+    x = sample(model, scheduler, SHAPE, generator=generator, method=method, clip_sample=False, labels=LABELS)
+    assert torch.equal(x, torch.full(SHAPE, 2.))
+    assert seen == [(model, scheduler, {"generator": generator, "clip_sample": False, "labels": LABELS})]
+    assert torch.equal(sample(model, scheduler, SHAPE, generator=seeded(), labels=LABELS),
+                       sample(model, scheduler, SHAPE, generator=seeded(), labels=LABELS, method=ddpm_steps))
+
+
+def test_first_noise():
+    "What is given is taken and nothing is drawn; another shape is refused, also one that would broadcast."
+    given, draws = torch.randn(SHAPE, generator=seeded()), []
+    def draw():
+        draws.append(given + 1)
+        return draws[-1]
+    assert first_noise(given, SHAPE, draw) is given and draws == []
+    assert first_noise(None, SHAPE, draw) is draws[0] and len(draws) == 1
+    for shape in ((1, 1, 8, 8), (4, 1, 8), (4, 8, 8, 1)):
+        with pytest.raises(ValueError, match=r"but the samples are to be \(4, 1, 8, 8\)"): first_noise(torch.zeros(shape), SHAPE, draw)
+
+
+def test_start_from_given_noise():
+    "The same as if it had been drawn, and it is left as it was."
+    model, scheduler = small_unet(), NoiseScheduler.cosine(20)
+    generator = seeded()
+    given = torch.randn(SHAPE, generator=generator)
+    copy = given.clone()
+    x = sample(model, scheduler, SHAPE, generator=generator, noise=given, labels=LABELS)
+    assert torch.equal(x, sample(model, scheduler, SHAPE, generator=seeded(), labels=LABELS)) and torch.equal(given, copy)
+    with pytest.raises(ValueError, match="noise is"): sample(model, scheduler, SHAPE, generator=seeded(), noise=given[:1], labels=LABELS)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_imagine(prediction_type):
+    "The x0 that the output means, in the type of x; clipped if asked for; the model gets its conditions and one time for each image."
+    scheduler, x, t = NoiseScheduler.cosine(20, prediction_type=prediction_type), 3*torch.randn(SHAPE, generator=seeded()), torch.full((4,), 7)
+    def model(x, t, labels):
+        assert t.tolist() == [7]*4 and labels is LABELS
+        return torch.sin(x).bfloat16()
+    expected, _ = scheduler.to_x0_and_noise(torch.sin(x).bfloat16().float(), x, t)
+    for clip in (False, True):
+        x0 = imagine(model, scheduler, x, 7, clip, {"labels": LABELS})
+        assert x0.dtype == torch.float32 and torch.equal(x0, expected.clamp(-1, 1) if clip else expected)
+    if prediction_type != "sample": assert expected.abs().max() > 1                             # or clipping had nothing to do
 
 
 def test_model_is_told_its_time():

@@ -2,7 +2,7 @@
 
 usage: python tools/bench.py [--compiled] [--device cpu] [--data_root DIR] [--rounds 5] [--seconds 3] [--output_dir DIR] [--docs] [--quick]
 
-Half an hour on two cores, with --compiled an hour; nothing else should run meanwhile. The contestants take turns, round after round, so
+Half an hour on two cores, more than an hour with --compiled; nothing else should run meanwhile. The contestants take turns, round after round, so
 that ratios hold where the machine's speed does not. Each runs in fp32 and in bf16 (autocast), and the better one counts. Tables go to
 the screen and to bench.md, all numbers to bench.json, a plot to bench.png; --docs writes the last two into nbs as well. --quick takes one
 tiny step of everything on the bundled images: it shows that the script works, its figures mean nothing.
@@ -76,7 +76,7 @@ def their_steps(model, call, precision, batch, data):
 
 # What follows up to `race` makes works: functions that do something once and return the number of images.
 
-def training(contestant, precision, batch, device, compiled=False, data=load_sample()):
+def training(data, contestant, precision, batch, device, compiled=False):
     "One training step."
     steps = our_steps if contestant == "ours" else their_steps
     return partial(next, steps(*build(contestant, precision, device, compiled), precision, batch, data[:len(data)//batch*batch]))
@@ -174,7 +174,7 @@ def flops(work):
 
 def memory(contestant, precision, batch, device):
     "MiB that training adds to the network at its peak, in three steps: for a process that has done nothing else."
-    work, before = training(contestant, precision, batch, device), memory_mib()
+    work, before = training(load_sample(), contestant, precision, batch, device), memory_mib()
     for _ in range(3): work()
     return memory_mib() - before
 
@@ -184,7 +184,7 @@ def measure_memory(tasks):
     context.set_forkserver_preload(["diffusers.models.unets.unet_2d", "denoising_diffusion_pytorch", "ddpm_tutorial.config"])
     with context.Pool(1, maxtasksperchild=1) as pool: return dict(zip([task[:3] for task in tasks], pool.starmap(memory, tasks, chunksize=1)))
 
-def race_networks(what, mode, batch, make, run, device, used={}):
+def race_networks(what, mode, batch, make, run, device, used=None):
     "Networks and, in between, matrix products: how much of the machine's own speed does each reach?"
     torch.compiler.reset()
     keys = [(name, precision) for name in CONTESTANTS for precision in PRECISIONS]
@@ -194,14 +194,15 @@ def race_networks(what, mode, batch, make, run, device, used={}):
     rows = rows_of(speeds, what=what, mode=mode, batch=batch)
     for row in rows:
         model, cost = build(row["contestant"], "fp32", device)[0], flops(make(row["contestant"], "fp32", 4, device))
-        row |= dict(parameters=sum(p.numel() for p in model.parameters()), flops=cost, peak_share=row["images_per_second"]*cost/peak[row["variant"]])
+        row |= dict(parameters=sum(p.numel() for p in model.parameters()), flops=cost, peak_flops=peak[row["variant"]])
+        row |= dict(peak_share=row["images_per_second"]*cost/row["peak_flops"])
         if used: row["memory_mib"] = used[row["contestant"], row["variant"], batch]
     return rows
 
 def races(data, root, device, rounds, seconds, sizes, samples, steps, compiled):
     "The rows of one race after the other."
     used = measure_memory([(name, precision, batch, device) for name in CONTESTANTS for precision in PRECISIONS for batch in sizes])
-    run, train = partial(race, device=device, rounds=rounds, seconds=seconds), partial(training, data=data)
+    run, train = partial(race, device=device, rounds=rounds, seconds=seconds), partial(training, data)
     for batch in sizes: yield race_networks("training", "eager", batch, train, run, device, used)
     for batch in sizes: yield race_networks("forward", "eager", batch, forward, run, device)
     labels, diffusers = torch.arange(samples, device=device) % 10, [name for name in CONTESTANTS if "diffusers" in name]
@@ -218,17 +219,18 @@ def machine(device):
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = device.type == "cuda" and torch.cuda.get_device_name(device) or (re.findall(r"model name\s*: (.*)", cpu) or [platform.machine()])[0]
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in cpu.split()]
-    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "MALLOC_", "ONEDNN_"))]
+    told = ("OMP_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "ONEDNN_", "TORCH_")
+    settings = [f"{key}={value.split('/')[-1]}" for key, value in sorted(os.environ.items()) if key.startswith(told)]
     versions = [f"{name} {version(name)}" for name in ("torch", "torchvision", "diffusers", "denoising-diffusion-pytorch")]
     return ", ".join([name, f"{os.cpu_count()} cores", *flags, f"{torch.get_num_threads()} threads", *versions, *settings])
 
 COLUMNS = {   # head: (field that the race must have, cell)
     "": ("contestant", lambda r: r["contestant"]), "in": ("variant", lambda r: r["variant"]),
     "images/s (lowest to highest)": ("low", lambda r: f"{r['images_per_second']:,.0f} ({r['low']:,.0f} to {r['high']:,.0f})"),
-    "else": ("others", lambda r: ", ".join(f"{variant} {speed:,.0f}" for variant, speed in r["others"].items())),
+    "the other": ("others", lambda r: ", ".join(f"{variant} {speed:,.0f}" for variant, speed in r["others"].items())),
     "ours is × as fast (round by round)": ("ratio", lambda r: f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"),
     "parameters": ("parameters", lambda r: f"{r['parameters']:,}"), "MFLOP/image": ("flops", lambda r: f"{r['flops']/1e6:,.0f}"),
-    "of the matmul peak": ("peak_share", lambda r: f"{100*r['peak_share']:.0f} %"), "MiB": ("memory_mib", lambda r: f"{r['memory_mib']:,}")}
+    "of the matmul peak, GFLOP/s": ("peak_share", lambda r: f"{100*r['peak_share']:.0f} % of {r['peak_flops']/1e9:,.0f}"), "MiB": ("memory_mib", lambda r: f"{r['memory_mib']:,}")}
 
 def table(rows):
     "One race as Markdown."
@@ -248,8 +250,8 @@ def plot(rows, path):
         for i, (mode, batch) in enumerate(groups):
             mine = [row for row in rows if (row["mode"], row["batch"]) == (mode, batch)]
             places, values = [k + 0.8*((i + 0.5)/len(groups) - 0.5) for k in range(len(mine))], [row[field] for row in mine]
-            axis.barh(places, values, 0.8/len(groups), color=("#0072B2", "#E69F00", "#56B4E9", "#F0E442")[i], hatch="//"*(mode == "compiled"),
-                      edgecolor="white", label=f"{mode}, {batch} images at a time")
+            axis.barh(places, values, 0.8/len(groups), color=("#56B4E9", "#0072B2", "#E69F00", "#D55E00")[i], hatch="//"*(mode == "compiled"),
+                      edgecolor="white", label=f"{mode}, {batch} at a time")
             axis.hlines(places, [row[low] for row in mine], [row[high] for row in mine], color="black", linewidth=1)
             for place, row in zip(places, mine): axis.text(max(row[field], row[high]), place, form.format(row[field]), va="center", fontsize=9)
         axis.margins(x=0.15)
