@@ -50,12 +50,12 @@ PHASES = { # where the run is when the signal comes: the call that waits for it,
     "a step": ("pause(training, 'diffusion_loss', 4)", 4),                        # finishes the step first
     "between forward and update": ("pause(training.nn.utils, 'clip_grad_norm_', 3)", 3),
     "validation": ("pause(train, 'validation_loss')", 5),
-    "sampling": ("pause(scheduler.NoiseScheduler, 'posterior', 2)", 5),           # the second of two steps of the sampler
+    "sampling": ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 2)", 5),           # the second of two steps of the sampler
     "a save": ("pause(checkpoint.torch, 'save', 2)", 4),
     "a rename": ("pause(checkpoint.os, 'replace', 4)", 4),                        # config.json was the first, step 2 the next two
     "the save of an epoch": ("pause(tracking.Tracker, 'log_picture')", 5),
     "the last validation": ("pause(train, 'validation_loss', 2)", 10),
-    "the last sampling": ("pause(scheduler.NoiseScheduler, 'posterior', 4)", 10),
+    "the last sampling": ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 4)", 10),
 }
 
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
@@ -109,7 +109,7 @@ def test_a_signal_while_wandb_is_at_work(launcher, data, whole, tmp_path):
 def test_a_signal_to_the_sampling_command(launcher, whole, tmp_path, number, mode):
     "Ends within 10 s and leaves no file."
     args = drawing(whole, "--mode", mode, "--output", tmp_path/"new"/"a.png")
-    for before in ("pause(scheduler.NoiseScheduler, 'posterior', 2)", "pause(checkpoint.os, 'fsync')"): # it draws, it writes
+    for before in ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 2)", "pause(checkpoint.os, 'fsync')"): # it draws, it writes
         process = launcher.start(args, before, "sample")
         process.waits()
         send(process, number, number == signal.SIGINT)
