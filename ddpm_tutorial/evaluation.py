@@ -159,7 +159,7 @@ def nearest_distance(
     others = others.flatten(1).float()
     return torch.cat([torch.cdist(part.flatten(1).float(), others).min(dim=1).values for part in images.split(100)])/others.shape[1]**0.5
 
-# %% ../nbs/15_evaluation.ipynb #d2cb6d26
+# %% ../nbs/15_evaluation.ipynb #5bf92377
 def figures(
     images: ImageData,       # with the labels that were asked for
     reference: ImageData,    # the training images
@@ -185,7 +185,8 @@ def alike(
     for label, wanted in zip(*labels.unique(return_counts=True)):
         there = order[data.labels[order] == label]
         if len(there) < wanted:
-            raise ConfigError(f"{wanted} samples of class {data.classes[label]!r} need as many real images to compare with, and there are {len(there)}: take fewer samples")
+            of_class = f" of class {data.classes[label]!r}" if data.classes else ""
+            raise ConfigError(f"{wanted} samples{of_class} need as many real images to compare with, and there are {len(there)}: take fewer samples")
         chosen.append(there[:wanted])
     return data[torch.cat(chosen)]
 
@@ -206,7 +207,7 @@ class EvaluateOptions(DrawOptions):
         for name, path, ending in (("samples", self.samples, ".npz"), ("output", self.output, ".json")):
             if path and path.suffix != ending: raise ValueError(f"{name} must end in {ending}, not {path.name!r}")
 
-# %% ../nbs/15_evaluation.ipynb #a0a3c76b
+# %% ../nbs/15_evaluation.ipynb #493bf793
 def inception_distance(
     images: Tensor,   # uint8 (n, C, H, W), grey or colour
     reference: Tensor # uint8 (m, C, H, W)
@@ -220,24 +221,27 @@ def inception_distance(
     return metric.compute().item()
 
 def samples_to_measure(
-    options: EvaluateOptions
-) -> tuple[ImageData, str]: # the samples, and what they are in words
-    "From a file, or drawn now. Raises `ConfigError`, `CheckpointError`, `DataError`, `NotEnoughMemory`."
+    options: EvaluateOptions,
+    fresh: ImageData # real images to choose from
+) -> tuple[ImageData, ImageData, str]: # the samples, as many real images like them, and what the samples are in words
+    "From a file, or drawn now, when it is clear that there are enough real images. Raises `ConfigError`, `CheckpointError`, `DataError`, `NotEnoughMemory`."
+    beside = lambda labels, classes: alike(fresh if classes else without_labels(fresh), labels)
     if options.samples:
         data = load_images(options.samples)
-        if not data.classes: return data, str(options.samples)
+        if not data.classes: return data, beside(data.labels, ()), str(options.samples)
         if data.labels.max() >= len(CLASSES): raise ConfigError(f"{options.samples} has labels up to {data.labels.max()}; the classifier knows 0 ... {len(CLASSES) - 1}")
-        return ImageData(data.images, data.labels, CLASSES), str(options.samples)
+        return ImageData(data.images, data.labels, CLASSES), beside(data.labels, CLASSES), str(options.samples)
     device = choose_device(options.device)
     model, config = model_to_draw(options, device)
     if config.classes not in (CLASSES, ()): raise ConfigError(f"the classifier knows Fashion-MNIST; this model draws {', '.join(config.classes)}")
     labels = torch.arange(options.num_samples) % max(len(config.classes), 1)
+    real = beside(labels, config.classes)
     with memory_advice(device, options.batch_size):
         samples = draw_samples(model, config, labels, generator=random_generator(options.seed, 4), batch_size=options.batch_size,
                                precision=choose_precision(options.precision, device))
-    return ImageData(to_uint8(samples), labels, config.classes), in_words(options, config)
+    return ImageData(to_uint8(samples), labels, config.classes), real, in_words(options, config)
 
-# %% ../nbs/15_evaluation.ipynb #79c7245d
+# %% ../nbs/15_evaluation.ipynb #76c80d6b
 def evaluate(
     options: EvaluateOptions
 ) -> dict: # {"samples": figures, "real": figures, ...}
@@ -247,9 +251,8 @@ def evaluate(
     with StopOnSignal():
         if options.data == "sample": reference, fresh = load_sample("train"), load_sample("test")
         else: reference, fresh = load_fashion_mnist(options.data_root, "train"), load_fashion_mnist(options.data_root, "test")[2000:] # 2,000 chose the weights
-        samples, what = samples_to_measure(options)
         classifier = load_classifier()
-        real = alike(fresh, samples.labels) if samples.classes else without_labels(alike(fresh, fresh.labels[:len(samples)]))
+        samples, real, what = samples_to_measure(options, fresh)
         seen_reference = look_at(reference.images, classifier)
         result = {"what": what, "data": options.data, "num_images": len(samples), "num_reference": len(reference),
                   "samples": figures(samples, reference, seen_reference, classifier), "real": figures(real, reference, seen_reference, classifier)}

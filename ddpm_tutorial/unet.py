@@ -129,7 +129,7 @@ class Stage(nn.Module):
 
     def forward(self, x, cond): return self.attention(self.block(x, cond))
 
-# %% ../nbs/04_unet.ipynb #31d30c55
+# %% ../nbs/04_unet.ipynb #af58c101
 class UNet(nn.Module):
     "The network of [DDPM](https://arxiv.org/abs/2006.11239) with AdaGN and class labels: noisy images and times to a prediction."
     def __init__(self,
@@ -146,15 +146,15 @@ class UNet(nn.Module):
         patch_channels = config.in_channels * config.patch_size**2
         self.conv_in = nn.Conv2d(patch_channels, base, 3, padding=1)
 
-        self.down, skips, channels = nn.ModuleList(), [base], base   # skips: the width of each feature map that is kept
+        self.down, channels = nn.ModuleList(), base
+        skips = [] if config.mirrored else [base]   # the width of each feature map that is kept
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
                 self.down.append(Stage(channels, width, config, attends[level]))
                 skips.append(channels := width)
             if level < len(widths) - 1:
                 self.down.append(Downsample(channels))
-                skips.append(channels)
-        if config.mirrored: skips = [width for width in widths for _ in range(config.num_res_blocks)]   # of the stages alone
+                if not config.mirrored: skips.append(channels)
 
         self.middle = nn.ModuleList([Stage(channels, channels, config, True), Stage(channels, channels, config, False)])
 

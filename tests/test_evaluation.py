@@ -196,3 +196,11 @@ def test_evaluate_refuses(tmp_path, monkeypatch, capsys, args, code, message):
     said = capsys.readouterr().err
     assert message in said and len(said.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.json"))
+
+def test_too_few_real_images_is_said_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
+    "Minutes of drawing are not spent on samples that cannot be compared; samples without labels need as many, too."
+    monkeypatch.setattr(evaluation, "draw_samples", lambda *_, **__: pytest.fail("something was drawn"))
+    assert command(*QUICK, "--num_samples", 2000, "--output", tmp_path/"a.json") == 2
+    np.savez(tmp_path/"bare.npz", arr_0=load_sample("train").images[:201].permute(0, 2, 3, 1).numpy())
+    assert command(*QUICK, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"a.json") == 2
+    assert "201 samples need as many real images" in capsys.readouterr().err and not (tmp_path/"a.json").exists()

@@ -14,6 +14,7 @@ from pathlib import Path
 from ddpm_tutorial.checkpoint import PRETRAINED, load_checkpoint, save_weights
 from ddpm_tutorial.config import PRESETS, differences
 from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.training import total_steps
 
 CARD = """# The trained `small`
 
@@ -37,8 +38,8 @@ def main():
     if changed := differences(config, PRESETS["small"]): raise SystemExit(f"this is not the preset small: {', '.join(changed)} differ")
     save_weights(PRETRAINED["small"], checkpoint["ema"], config)
     stored, start = PRETRAINED["small"].read_bytes(), next(line for line in metrics if "device" in line)
-    per_epoch = -(-60_000//config.train.batch_size)
-    card = CARD.format(weights=sum(weight.numel() for weight in checkpoint["ema"].values()), step=step, total=per_epoch*config.train.epochs, epochs=step/per_epoch,
+    total = total_steps(config.train, 60_000)
+    card = CARD.format(weights=sum(weight.numel() for weight in checkpoint["ema"].values()), step=step, total=total, epochs=step/total*config.train.epochs,
                        all_epochs=config.train.epochs, precision=start["precision"], device=start["device"],
                        validation=next(line["validation_loss"] for line in metrics if line["step"] == step and "validation_loss" in line),
                        settings=", ".join(f"{name} {value}" for part in ("scheduler", "train") for name, value in asdict(getattr(config, part)).items()),
