@@ -10,7 +10,7 @@ help:
 	@echo "make demo     train the tiny model on all of Fashion-MNIST (minutes on two cores), leave pictures"
 	@echo "make test     everything that must hold: export, lint, notebooks, unit tests"
 	@echo "make soak     kill a run 200 times, and look for a lost checkpoint (minutes)"
-	@echo "make bench    measure speed and memory against diffusers and lucidrains (more than an hour on two cores)"
+	@echo "make bench    measure speed and memory against diffusers and lucidrains (half an hour on two cores)"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make wheel    build the package and try it in a clean environment"
 	@echo "make refresh  run the notebooks as a reader does and store their outputs"

@@ -80,7 +80,7 @@ def differences(
             else: yield f"{prefix}{name}", value
     return [name for (name, a), (_, b) in zip(flat(asdict(one)), flat(asdict(other))) if a != b]
 
-# %% ../nbs/10_config.ipynb #342ca48c
+# %% ../nbs/10_config.ipynb #819c6656
 TINY = Config(
     model=UNetConfig(base_channels=64, channel_multipliers=(1, 1), patch_size=2, mirrored=False, attention_resolutions=(7,), num_groups=8),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=200, prediction_type="v_prediction"),
@@ -90,7 +90,7 @@ TINY = Config(
 SMALL = Config(
     model=UNetConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=500, prediction_type="v_prediction"),
-    train=TrainConfig(epochs=20, lr=2e-3, warmup_steps=200, lr_decay=True),
+    train=TrainConfig(epochs=20, batch_size=64, lr=2e-3, warmup_steps=400, lr_decay=True),
     guidance_scale=2.0)
 
 BASELINE = Config(

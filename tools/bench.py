@@ -2,10 +2,10 @@
 
 usage: python tools/bench.py [--compiled] [--device cpu] [--data_root DIR] [--rounds 5] [--seconds 3] [--output_dir DIR] [--docs] [--quick]
 
-Half an hour on two cores, more than an hour with --compiled; nothing else should run meanwhile. The contestants take turns, round after round, so
-that ratios hold where the machine's speed does not. Each runs in fp32 and in bf16 (autocast), and the better one counts. Tables go to
-the screen and to bench.md, all numbers to bench.json, a plot to bench.png; --docs writes the last two into nbs as well. --quick takes one
-tiny step of everything on the bundled images: it shows that the script works, its figures mean nothing.
+A quarter of an hour on two cores, half an hour with --compiled; nothing else should run meanwhile. The contestants take turns, round after round,
+so that ratios hold where the machine's speed does not. Each runs in fp32 and in bf16 (autocast), and the better one counts; it is compiled in that
+one only. Tables go to the screen and to bench.md, all numbers to bench.json, a plot to bench.png; --docs writes the last two into nbs as well.
+--quick takes one tiny step of everything on the bundled images: it shows that the script works, its figures mean nothing.
 """
 import argparse
 import json
@@ -182,12 +182,10 @@ def measure_memory(tasks):
     "Each in a process of its own, forked from one that has only imported: no other contestant's peak hides it."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffusers.models.unets.unet_2d", "denoising_diffusion_pytorch", "ddpm_tutorial.config"])
-    with context.Pool(1, maxtasksperchild=1) as pool: return dict(zip([task[:3] for task in tasks], pool.starmap(memory, tasks, chunksize=1)))
+    with context.Pool(1, maxtasksperchild=1) as pool: return dict(zip([task[:2] for task in tasks], pool.starmap(memory, tasks, chunksize=1)))
 
-def race_networks(what, mode, batch, make, run, device, used=None):
+def race_networks(what, mode, batch, make, run, device, keys):
     "Networks and, in between, matrix products: how much of the machine's own speed does each reach?"
-    torch.compiler.reset()
-    keys = [(name, precision) for name in CONTESTANTS for precision in PRECISIONS]
     works = {key: make(*key, batch, device, compiled=mode == "compiled") for key in keys}
     speeds = run(works | {("matmul", precision): matmul(precision, device) for precision in PRECISIONS})
     peak = {precision: statistics.median(speeds.pop(("matmul", precision))) for precision in PRECISIONS}
@@ -196,23 +194,22 @@ def race_networks(what, mode, batch, make, run, device, used=None):
         model, cost = build(row["contestant"], "fp32", device)[0], flops(make(row["contestant"], "fp32", 4, device))
         row |= dict(parameters=sum(p.numel() for p in model.parameters()), flops=cost, peak_flops=peak[row["variant"]])
         row |= dict(peak_share=row["images_per_second"]*cost/row["peak_flops"])
-        if used: row["memory_mib"] = used[row["contestant"], row["variant"], batch]
     return rows
 
-def races(data, root, device, rounds, seconds, sizes, samples, steps, compiled):
+def races(data, root, device, rounds, seconds, batch, samples, steps, compiled):
     "The rows of one race after the other."
-    used = measure_memory([(name, precision, batch, device) for name in CONTESTANTS for precision in PRECISIONS for batch in sizes])
+    networks = [(name, precision) for name in CONTESTANTS for precision in PRECISIONS]
+    used = measure_memory([(*key, batch, device) for key in networks])
     run, train = partial(race, device=device, rounds=rounds, seconds=seconds), partial(training, data)
-    for batch in sizes: yield race_networks("training", "eager", batch, train, run, device, used)
-    for batch in sizes: yield race_networks("forward", "eager", batch, forward, run, device)
-    labels, diffusers = torch.arange(samples, device=device) % 10, [name for name in CONTESTANTS if "diffusers" in name]
-    works = {("ours", precision): our_samples(precision, labels, steps) for precision in PRECISIONS}
-    works |= {(name, precision): their_samples(name, precision, labels, steps) for name in diffusers for precision in PRECISIONS}
-    yield rows_of(run(works), what="guided samples", mode=f"{steps} steps", batch=samples)
+    trained = race_networks("training", "eager", batch, train, run, device, networks)
+    for row in trained: row["memory_mib"] = used[row["contestant"], row["variant"]]
+    yield trained
+    yield race_networks("forward", "eager", batch, forward, run, device, networks)
+    labels, samplers = torch.arange(samples, device=device) % 10, [key for key in networks if "lucidrains" not in key]
+    yield rows_of(run({key: (our_samples if "ours" in key else partial(their_samples, key[0]))(key[1], labels, steps) for key in samplers}),
+                  what="guided samples", mode=f"{steps} steps", batch=samples)
     yield rows_of(run(loading(data, root)), what="batches", mode="one epoch", batch=128)
-    if not compiled: return
-    for batch in sizes: yield race_networks("training", "compiled", batch, train, run, device)
-    for batch in sizes: yield race_networks("forward", "compiled", batch, forward, run, device)
+    if compiled: yield race_networks("training", "compiled", batch, train, run, device, [(row["contestant"], row["variant"]) for row in trained])
 
 def machine(device):
     "One line of what the figures depend on."
@@ -242,29 +239,27 @@ def table(rows):
 def plot(rows, path):
     "Training: images/s, and how many times as fast ours is; the thin lines reach from the lowest to the highest round."
     from matplotlib.figure import Figure
-    rows = [row for row in rows if row["what"] == "training"]
-    groups = list(dict.fromkeys((row["mode"], row["batch"]) for row in rows))
-    figure = Figure(figsize=(10, 1.5 + len(groups)), dpi=150, layout="constrained")
+    modes = {mode: [row for row in rows if (row["what"], row["mode"]) == ("training", mode)] for mode in ("eager", "compiled")}
+    modes = {mode: raced for mode, raced in modes.items() if raced}
+    figure = Figure(figsize=(10, 1.5 + len(modes)), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, field, low, high, form in (left, "images_per_second", "low", "high", "  {:,.0f}"), (right, "ratio", "ratio_low", "ratio_high", "  {:.1f}×"):
-        for i, (mode, batch) in enumerate(groups):
-            mine = [row for row in rows if (row["mode"], row["batch"]) == (mode, batch)]
-            places, values = [k + 0.8*((i + 0.5)/len(groups) - 0.5) for k in range(len(mine))], [row[field] for row in mine]
-            axis.barh(places, values, 0.8/len(groups), color=("#56B4E9", "#0072B2", "#E69F00", "#D55E00")[i], hatch="//"*(mode == "compiled"),
-                      edgecolor="white", label=f"{mode}, {batch} at a time")
-            axis.hlines(places, [row[low] for row in mine], [row[high] for row in mine], color="black", linewidth=1)
-            for place, row in zip(places, mine): axis.text(max(row[field], row[high]), place, form.format(row[field]), va="center", fontsize=9)
+        for i, (mode, raced) in enumerate(modes.items()):
+            places = [k + 0.8*((i + 0.5)/len(modes) - 0.5) for k in range(len(raced))]
+            axis.barh(places, [row[field] for row in raced], 0.8/len(modes), color=("#56B4E9", "#E69F00")[i], label=mode)
+            axis.hlines(places, [row[low] for row in raced], [row[high] for row in raced], color="black", linewidth=1)
+            for place, row in zip(places, raced): axis.text(max(row[field], row[high]), place, form.format(row[field]), va="center", fontsize=9)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    left.set(xlabel="training, images/s", yticks=range(len(CONTESTANTS)), yticklabels=CONTESTANTS)
+    left.set(xlabel=f"training, images/s, {modes['eager'][0]['batch']} at a time", yticks=range(len(CONTESTANTS)), yticklabels=CONTESTANTS)
     right.set(xlabel="ours is so many times as fast")
     left.invert_yaxis()
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(groups), frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(modes), frameon=False)
     figure.savefig(path)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile as well, in races of its own")
+    parser.add_argument("--compiled", action="store_true", help="training with torch.compile as well, in a race of its own")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--data_root", type=Path, default=None)
     parser.add_argument("--rounds", type=int, default=5)
@@ -275,8 +270,8 @@ def main():
     args = parser.parse_args()
     if args.compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))): parser.error("--compiled needs a C++ compiler")
     if args.quick and args.docs: parser.error("--quick measures nothing that belongs into the docs")
-    device, rounds, seconds, sizes, samples, steps = choose_device(args.device), args.rounds, args.seconds, (64, 128), 64, 25
-    if args.quick: rounds, seconds, sizes, samples, steps = 1, 0, (4,), 4, 2
+    device, rounds, seconds, batch, samples, steps = choose_device(args.device), args.rounds, args.seconds, 64, 64, 25
+    if args.quick: rounds, seconds, batch, samples, steps = 1, 0, 4, 4, 2
     nbs, result = Path(__file__).resolve().parent.parent/"nbs", dict(machine=machine(device), rounds=rounds, seconds=seconds, rows=[])
     text = f"{result['machine']}. Medians of {rounds} rounds of {seconds:g} s for each contestant.\n"
     print(text)
@@ -284,7 +279,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         data, root = (load_sample(), Path(scratch)) if args.quick else (load_fashion_mnist(args.data_root), args.data_root or default_data_root())
         if args.quick: write_raw(data, root)
-        for rows in races(data, root, device, rounds, seconds, sizes, samples, steps, args.compiled):
+        for rows in races(data, root, device, rounds, seconds, batch, samples, steps, args.compiled):
             result["rows"] += rows
             text += "\n" + table(rows)
             print(table(rows), flush=True)
