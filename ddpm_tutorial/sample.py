@@ -36,6 +36,7 @@ class DrawOptions:
     guidance_scale: float|None=None         # 0 unconditional, 1 conditional, above exaggerated; default as in training
     num_inference_steps: int|None=None      # fewer are faster; default as in training, or another method's own
     method: Literal[tuple(METHODS)]|None=None # default as in training
+    clip_sample: bool|None=None             # keep the images that the sampler imagines in [-1, 1]; default as in training
     use_ema: bool=True                      # averaged weights, else those of the last step
     seed: int=0
     batch_size: int=250                     # samples that are drawn together
@@ -164,7 +165,7 @@ def model_to_draw(
     if not path.exists(): raise ConfigError(f"checkpoint {path} is not there; a run leaves its checkpoints in <output_dir>/checkpoints")
     model, config = load_model(path, use_ema=options.use_ema, device=device)
     if options.config: check_config(options.config, config)
-    changes = {name: value for name in ("guidance_scale", "method", "num_inference_steps") if (value := getattr(options, name)) is not None}
+    changes = {name: value for name in ("guidance_scale", "method", "num_inference_steps", "clip_sample") if (value := getattr(options, name)) is not None}
     if "guidance_scale" in changes and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
     if changes.get("method", config.method) != config.method: changes = {"num_inference_steps": None, **changes} # it has a number of its own
     try: return model, replace(config, **changes)
@@ -176,7 +177,7 @@ def in_words(
 ) -> str:
     "How the samples are drawn."
     return (f"{options.checkpoint.name if options.checkpoint else 'the trained small'}, {config.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
-            + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}")
+            + "not clipped, "*(not config.clip_sample) + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}")
 
 def run_folder(
     checkpoint: Path|None

@@ -66,12 +66,12 @@ ALLOWED = {
         head_dim=lambda v: v > 0 and 128 % v == 0, num_groups=lambda v: v > 0 and 32 % v == 0),
     "ddpm_sample": dict(
         checkpoint=anything, config=anything, output=lambda v: v is None or v.suffix in (".png", ".npz"), output_dir=anything, device=anything,
-        mode=one_of("grid", "class_grid", "progressive"), method=one_of(None, *METHODS), precision=one_of("auto", "fp32", "bf16"),
+        mode=one_of("grid", "class_grid", "progressive"), method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of("auto", "fp32", "bf16"),
         num_samples=at_least(1), class_label=at_least(0), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
         guidance_scale=lambda v: v is None or 0 <= v < math.inf),
     "ddpm_evaluate": dict(
         checkpoint=anything, config=anything, samples=lambda v: v is None or v.suffix == ".npz", output=lambda v: v is None or v.suffix == ".json", data_root=anything, device=anything,
-        method=one_of(None, *METHODS), precision=one_of("auto", "fp32", "bf16"), data=one_of("fashion_mnist", "sample"),
+        method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of("auto", "fp32", "bf16"), data=one_of("fashion_mnist", "sample"),
         num_samples=at_least(20), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed, guidance_scale=lambda v: v is None or 0 <= v < math.inf),
     "ddpm_check": dict(config=one_of(*PRESETS), data_root=anything, device=anything, precision=one_of("auto", "fp32", "bf16")),
 }
@@ -239,6 +239,7 @@ def field_values(command, name):
     if isinstance(kind, tuple): found = st.sampled_from(kind) | words
     elif name in choices: found = st.sampled_from(choices[name]) | words
     elif kind is str: found = words
+    elif kind is bool: found = st.booleans() | words
     elif kind is Path: found = words.map(Path) | st.sampled_from([Path(f"a{end}") for end in (".png", ".npz", ".gif", ".jpeg", "")])
     elif kind is int:
         found = st.integers(-2, 40) | st.sampled_from([56, 64, 96, 99, 100, 101, 499, 500, 501, 1000, 2**31 - 1]) | st.integers(-10**30, -1)

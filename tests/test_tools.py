@@ -1,0 +1,37 @@
+"The scripts whose figures the lessons show, in their quick form: they run, go on where they ended, and write what the lessons read."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+TOOLS = Path(__file__).parent.parent/"tools"
+
+def run(script, *options, cwd):
+    done = subprocess.run([sys.executable, TOOLS/script, *options], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+def test_sampling_quality(tmp_path):
+    "Every method and the real images; a second call draws nothing again, and other settings do not go into the same file."
+    command = ["sampling_quality.py", "--quick", "--seeds", "1", "--output", "found.json"]
+    said = run(*command, cwd=tmp_path)
+    result = json.loads((tmp_path/"found.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert rows.keys() == {"real", "ddpm", "ddim", "dpm++"} and result["num_samples"] == 40
+    assert all(row["frechet_distance"] > 0 and 0 <= row["class_agreement"] <= 1 for row in rows.values())
+    assert f"{rows['ddim']['frechet_distance']:.4f}" in said
+    assert "seed 0" not in run(*command, cwd=tmp_path) and json.loads((tmp_path/"found.json").read_text()) == result
+    (tmp_path/"found.json").write_text(json.dumps(result | {"guidance_scale": 9.}))
+    other = subprocess.run([sys.executable, TOOLS/command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 1 and "other settings" in other.stderr
+
+def test_ablation(tmp_path):
+    "Each variant differs from the recipe by the options that are told; the raw weights are those of the recipe's own run."
+    said = run("ablation.py", "--quick", cwd=tmp_path)
+    folder = tmp_path/"outputs"/"ablation"
+    recipe, batches, raw = json.loads((folder/"ablation.json").read_text())["rows"]
+    settings = [json.loads((folder/name/"config.json").read_text())["train"] for name in "01"]
+    assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"batch_size", "warmup_steps"}
+    assert "averaged weights" in recipe["what"] and "raw weights" in raw["what"] and raw["validation_loss"] is None
+    assert said.count("ddpm_tutorial.train ") == 2 and said.count("ddpm_tutorial.evaluation ") == 3
+    assert recipe["validation_loss"] > 0 and 0 <= batches["class_agreement"] <= 1
