@@ -38,7 +38,7 @@ class Config:
     train: TrainConfig=TrainConfig()
     guidance_scale: float=3.0                # of the samples: 0 unconditional, 1 conditional, above exaggerated
     method: Literal[tuple(METHODS)]="dpm++"  # how the samples are drawn
-    num_inference_steps: int|None=None       # of the samples, at most the schedule's num_steps; default 20 for dpm++, 50 for ddim, all for ddpm
+    num_inference_steps: int|None=None       # of the samples, at most the schedule's num_steps; default 30 for dpm++, 50 for ddim, all for ddpm
     clip_sample: bool=True                   # keep the images that the sampler imagines on its way in [-1, 1]
     data: str="fashion_mnist"                # "fashion_mnist", "sample" (comes with the package), or a path for `load_images`
     image_shape: tyro.conf.Suppress[tuple[int, int, int]]=(1, 28, 28) # (C, H, W), read off the data
@@ -92,7 +92,7 @@ SMALL = Config(
     model=UNetConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=500, prediction_type="v_prediction"),
     train=TrainConfig(epochs=20, batch_size=64, lr=2e-3, warmup_steps=400, lr_decay=True),
-    guidance_scale=1.5, num_inference_steps=30, clip_sample=False)
+    guidance_scale=1.5, clip_sample=False)
 
 BASELINE = Config(
     model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 4, 8), num_res_blocks=2, mirrored=False,

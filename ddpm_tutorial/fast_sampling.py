@@ -99,4 +99,4 @@ def dpm_solver_steps(
 
 # %% ../nbs/08_fast_sampling.ipynb #edd975e4
 METHODS = {"ddpm": ddpm_steps, "ddim": ddim_steps, "dpm++": dpm_solver_steps}  # the same arguments, the same kind of steps
-DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++": 20}                        # None: all
+DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++": 30}                        # None: all

@@ -56,7 +56,7 @@ ALLOWED = {
         warmup_steps=at_least(0), seed=seed, lr=above(0), grad_clip=above(0), weight_decay=lambda v: 0 <= v < math.inf, label_dropout=share, ema_decay=share,
         guidance_scale=lambda v: 0 <= v < math.inf, num_inference_steps=lambda v: v is None or 1 <= v <= 500,
         schedule=one_of("linear", "cosine"), method=one_of(*METHODS), prediction_type=one_of("epsilon", "sample", "v_prediction"), variance_type=one_of("fixed_small", "fixed_large"),
-        num_steps=at_least(30),                                      # small draws in 30
+        num_steps=at_least(1),
         image_size=at_least(8),                                      # leaves 2 pixels for the last of three levels
         patch_size=one_of(1, 2, 4),                                  # divides 28, and leaves 2 pixels for the last of three levels
         in_channels=at_least(1), num_classes=at_least(0), num_res_blocks=at_least(1),

@@ -1,4 +1,4 @@
-"The scripts whose figures the lessons show, in their quick form: they run, go on where they ended, and write what the lessons read."
+"The scripts that measure for hours, in their quick form: they run, go on where they ended, and write what was found."
 import json
 import subprocess
 import sys

@@ -2,8 +2,8 @@
 
 usage: python tools/ablation.py [--epochs 1] [--num_samples 1000] [--output_dir DIR] [--docs] [--quick]
 
-Three quarters of an hour on two cores. Every run is the commands that it prints; a second call goes on where the first one ended. --docs writes nbs/ablation.json,
-which the lesson on results shows; --quick trains a few steps on the bundled images: it shows that the script works, its figures mean nothing.
+Three quarters of an hour on two cores. Every run is the commands that it prints; a second call goes on where the first one ended. --docs writes nbs/ablation.json;
+--quick trains a few steps on the bundled images: it shows that the script works, its figures mean nothing.
 """
 import argparse
 import json

@@ -3,7 +3,7 @@
 usage: python tools/sampling_quality.py [--seeds 3] [--num_samples 1000] [--data_root DIR] [--output FILE] [--docs] [--quick]
 
 About an hour and a half on two cores. Each result is written at once, and a second call goes on where the first one ended. Seeds differ in the noise
-of the samples and in the choice of the real images beside them. --docs writes nbs/sampling_quality.json, which lesson 08 plots; --quick draws a few
+of the samples and in the choice of the real images beside them. --docs writes nbs/sampling_quality.json; --quick draws a few
 images with few steps of the bundled data: it shows that the script works, its figures mean nothing.
 """
 import argparse
