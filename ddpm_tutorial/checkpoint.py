@@ -255,7 +255,9 @@ def restore(
         state.ema.load_state_dict(checkpoint["ema"])
         state.optimizer.load_state_dict(checkpoint["optimizer"])
         for weight, memory in state.optimizer.state.items():
-            if any(memory[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")): raise ValueError("the optimizer's memory has another shape")
+            for name in ("exp_avg", "exp_avg_sq"):
+                if memory[name].shape != weight.shape: raise ValueError("the optimizer's memory has another shape")
+                memory[name] = torch.empty_like(weight).copy_(memory[name]) # laid out as the weight is, which on a GPU was otherwise: the fused AdamW does not look
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"what is in the checkpoint does not fit its own configuration ({str(error).splitlines()[0]})") from error
     state.step = checkpoint["step"]

@@ -82,7 +82,7 @@ class UNetConfig:
     attention: str="self"                            # "self" or "linear"
     head_dim: int=32                                 # width of an attention head
     feed_forward: bool=True                          # feed-forward after the attention
-    num_groups: int=32                               # groups of every group norm
+    num_groups: int=2                                # groups of every group norm, so 16 channels each on the first level
 
     @property
     def resolutions(self) -> tuple[int, ...]: # size of the feature map at each level, e.g. (28, 14, 7)

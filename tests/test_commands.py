@@ -137,7 +137,7 @@ def test_resuming_with_other_settings_names_them(run, capsys):
 
 @pytest.mark.parametrize("args, says", [
     (["--epochs", "0"], "epochs must be at least 1"), (["--lr", "nan"], "lr must be above 0"), (["--batch_size", "-1"], "batch_size"),
-    (["--base_channels", "48"], "groups"), (["--channel_multipliers", "1", "2", "2", "2", "2", "2"], "too small"),
+    (["--base_channels", "48", "--num_groups", "32"], "groups"), (["--channel_multipliers", "1", "2", "2", "2", "2", "2"], "too small"),
     (["--attention_resolutions", "9"], "attention_resolutions"), (["--num_inference_steps", "501"], "num_inference_steps"),
     (["--guidance_scale", "-1"], "guidance_scale"), (["--ema_decay", "1"], "ema_decay"), (["--save_every", "0"], "save_every"),
     (["--config", "smal"], "did you mean small"), (["--config", "basline"], "did you mean baseline"), (["--config", "xyz"], "small"), (["--epoch", "3"], "--epochs"), (["--lr", "fast"], "--lr"), (["--device", "tpu"], "cpu"),

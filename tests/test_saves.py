@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_tutorial.checkpoint import (CheckpointError, DamagedCheckpoint, load_checkpoint, load_latest, load_model, save_checkpoint, save_run,
+from ddpm_tutorial.checkpoint import (CheckpointError, DamagedCheckpoint, load_checkpoint, load_latest, load_model, restore, save_checkpoint, save_run,
                                       sweep, write_atomic)
 from ddpm_tutorial.config import PRESETS, new_model
 from ddpm_tutorial.tracking import Tracker, read_metrics
@@ -202,6 +202,24 @@ def test_another_format_is_no_damage(checkpoint):
         path.replace(path.with_name("latest.pth"))
         checkpoint.with_name("step_00000001.pth").write_bytes(checkpoint.read_bytes())
         with pytest.raises(CheckpointError, match=says): load_latest(checkpoint.parent)
+
+def test_the_optimizer_remembers_in_the_order_of_the_weights(tmp_path):
+    "A checkpoint of a GPU has another memory format than a CPU's network. The fused AdamW would take each number for its neighbour's, and say nothing."
+    config = replace(CONFIG, model=replace(NETWORK, base_channels=16, num_groups=1))
+    def state(): return new_state(new_model(config), config.train)
+    def step(state):
+        for number, weight in enumerate(state.model.parameters()): weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+        state.optimizer.step()
+    ours, other = state(), state()
+    assert any(not weight.is_contiguous() for weight in ours.model.parameters())
+    step(ours)
+    save_checkpoint(tmp_path/"gpu.pth", ours, config, {})
+    checkpoint = load_checkpoint(tmp_path/"gpu.pth")
+    for memory in checkpoint["optimizer"]["state"].values(): memory.update({name: memory[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
+    restore(other, checkpoint)
+    step(ours)
+    step(other)
+    for a, b in zip(ours.model.parameters(), other.model.parameters()): assert torch.equal(a, b)
 
 def test_nothing_that_is_no_number_is_saved(tmp_path):
     "In a weight, an average or the optimizer's memory; the older file stays."

@@ -4,7 +4,7 @@ usage: python tools/bench.py [--compiled] [--device cpu] [--data_root DIR] [--ro
 
 A quarter of an hour on two cores, half an hour with --compiled; nothing else should run meanwhile. The contestants take turns, round after round,
 so that ratios hold where the machine's speed does not. Each runs in fp32 and in bf16 (autocast), and the better one counts; it is compiled in that
-one only. Tables go to the screen and to bench.md, all numbers to bench.json, a plot to bench.png; --docs writes the last two into nbs as well.
+one only. Tables go to the screen and to bench.md, all numbers to bench.json, a plot to bench.png; --docs writes tables and plot into nbs as well.
 --quick takes one tiny step of everything on the bundled images: it shows that the script works, its figures mean nothing.
 """
 import argparse
@@ -265,7 +265,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="for each contestant in each round")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench"))
-    parser.add_argument("--docs", action="store_true", help="write nbs/bench.json and nbs/images/bench.png as well")
+    parser.add_argument("--docs", action="store_true", help="write nbs/_bench.md and nbs/images/bench.png as well")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))): parser.error("--compiled needs a C++ compiler")
@@ -283,8 +283,8 @@ def main():
             result["rows"] += rows
             text += "\n" + table(rows)
             print(table(rows), flush=True)
-            (args.output_dir/"bench.md").write_text(text, encoding="utf-8")       # after each race: what is measured is not lost
-            for folder in [args.output_dir] + [nbs]*args.docs: (folder/"bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            for path in [args.output_dir/"bench.md"] + [nbs/"_bench.md"]*args.docs: path.write_text(text, encoding="utf-8")  # after each race: what is measured is not lost
+            (args.output_dir/"bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for folder in [args.output_dir] + [nbs/"images"]*args.docs: plot(result["rows"], folder/"bench.png")
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""How good the samples of the trained `small` are, by method and number of steps: the figures of lesson 15, for several seeds.
+"""How good the samples of the trained `small` are, by method and number of steps, for several seeds: the figure of lesson 08.
 
 usage: python tools/sampling_quality.py [--seeds 3] [--num_samples 1000] [--data_root DIR] [--output FILE] [--docs] [--quick]
 
