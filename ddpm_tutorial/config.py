@@ -92,7 +92,7 @@ SMALL = Config(
     model=UNetConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=500, prediction_type="v_prediction"),
     train=TrainConfig(epochs=20, batch_size=64, lr=2e-3, warmup_steps=400, lr_decay=True),
-    guidance_scale=1.5, clip_sample=False)
+    guidance_scale=1.3)
 
 BASELINE = Config(
     model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 4, 8), num_res_blocks=2, mirrored=False,
