@@ -35,7 +35,7 @@ def refresh(path: Path, flags: list[str]):
     for cell in notebook.cells: cell.get("metadata", {}).pop("execution", None) # times of each cell
     notebook.metadata.pop("widgets", None)                                      # random ids, other ones each time
     notebook.metadata.pop("language_info", None)
-    clean_nb(notebook)
+    clean_nb(notebook, allowed_cell_metadata_keys=["jupyter", "tags"]) # those of settings.ini
     path.write_text(nbformat.writes(notebook, 4) + "\n", encoding="utf-8")
     print(f"{path.name}: {time.perf_counter() - start:.0f} s" + "".join(f"\n  stderr: {text.strip()[:300]}" for text in warnings), flush=True)
 

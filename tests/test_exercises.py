@@ -1,0 +1,31 @@
+"Exercises: four cells each, at least two typical wrong answers, and the checker has said of the empty function that there is nothing yet, of the solution that it is right."
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+LESSONS = sorted((Path(__file__).parent.parent/"nbs").glob("[0-9]*.ipynb"))
+EMPTY = "Not yet: numbers or tensors are wanted, and this is nothing.\n"
+
+def parts(path):
+    "For each checker: the empty function before it, itself, and the solution behind it. nbval compares what they print with what is stored (tests run them)."
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    source = lambda cell: "".join(cell["source"])
+    return [(source(cells[i - 1]), cells[i], cells[i + 1]) for i, cell in enumerate(cells) if '#| code-summary: "The checker"' in source(cell)]
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_each_lesson_has_exercises(path):
+    found = parts(path)
+    assert len(found) >= 2
+    for empty, checker, solution in found:
+        said = ["".join("".join(output.get("text", "")) for output in cell["outputs"]) for cell in (checker, solution)]
+        code = "".join(checker["source"])
+        assert re.search(r"^def \w+\(.*\):.*\n    \.\.\.$", empty, re.MULTILINE), "an empty function comes before the checker"
+        assert code.count("exercise(") == 1 and len(re.findall(r'(?m)^ +typical=\{"|^ {13}"', code)) >= 2, "two typical wrong answers"
+        assert said[0] == EMPTY and re.match(r"(Exact|Close enough), in (\d) of \2 cases", said[1])
+        for cell in (checker, solution):
+            assert cell["metadata"] == {"jupyter": {"source_hidden": True}, "tags": ["nbval-check-output"]}
+            assert "".join(cell["source"]).startswith("#| code-fold: true\n#| code-summary: ")
+
+def test_forty_and_more(): assert sum(len(parts(path)) for path in LESSONS) >= 40
