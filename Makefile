@@ -39,8 +39,9 @@ export-check: install
 lint: install
 	$(BIN)/ruff check ddpm_tutorial tests tools nbs
 
+# one thread each here as well: it runs as many notebooks at a time as there are cores
 nbdev-test: install
-	$(BIN)/nbdev_test
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 
 nbval: install
 	DDPM_TINY=1 $(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 nbs

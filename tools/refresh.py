@@ -28,11 +28,13 @@ class Client(NotebookClient):
 
 def refresh(path: Path, flags: list[str]):
     notebook, start = nbformat.read(path, 4), time.perf_counter()
-    client = Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False)
+    client = Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.flags = flags
     client.execute()
     warnings = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
-    for cell in notebook.cells: cell.get("metadata", {}).pop("execution", None) # times of each cell
+    for cell in notebook.cells:
+        cell.get("metadata", {}).pop("execution", None)                         # times of each cell
+        if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.get("outputs", [])): cell.outputs = [] # a slider without its kernel is dead
     notebook.metadata.pop("widgets", None)                                      # random ids, other ones each time
     notebook.metadata.pop("language_info", None)
     clean_nb(notebook, allowed_cell_metadata_keys=["jupyter", "tags"]) # those of settings.ini
