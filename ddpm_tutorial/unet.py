@@ -111,7 +111,8 @@ class UNetConfig:
         for size, multiplier in zip(self.resolutions, self.channel_multipliers):
             width = self.base_channels*multiplier
             if width % self.head_dim and (size in self.attention_resolutions or size == self.resolutions[-1]): # the middle always attends
-                raise ValueError(f"head_dim {self.head_dim} does not divide the {width} channels of the {size}x{size} level")
+                raise ValueError(f"head_dim {self.head_dim} does not divide the {width} channels of the {size}x{size} level "
+                                 f"(base_channels {self.base_channels} times {multiplier})")
 
 # %% ../nbs/04_unet.ipynb #04-048
 class Stage(nn.Module):

@@ -160,7 +160,7 @@ def test_evaluate_the_shipped_model(tmp_path, monkeypatch, capsys):
     assert command(*QUICK) == 0
     result, said = json.loads((tmp_path/"outputs"/"small"/"evaluation.json").read_text()), capsys.readouterr()
     assert result["samples"].keys() == result["real"].keys() and result["num_images"] == 20 and result["num_reference"] == 1000
-    assert "the trained small, dpm++, 2 steps, guidance 1.5, not clipped, averaged weights, seed 0" in said.out and "20 images against 1,000 training images" in said.out
+    assert "the trained small, dpm++, 2 steps, guidance 1.3, averaged weights, seed 0" in said.out and "20 images against 1,000 training images" in said.out
     assert f"{result['samples']['frechet_distance']:.4g}" in said.out and said.err == ""
     assert command(*QUICK, "--output", "again.json") == 0
     assert json.loads((tmp_path/"again.json").read_text()) == result      # the same seed, the same figures
