@@ -26,7 +26,7 @@ class Client(NotebookClient):
         if cell.cell_type == "code" and skipped(cell.source, self.flags): return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
-def refresh(path: Path, flags: list[str]):
+def refresh(path: Path, flags: list[str], kept: list[str]):
     notebook, start = nbformat.read(path, 4), time.perf_counter()
     client = Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     client.flags = flags
@@ -37,7 +37,7 @@ def refresh(path: Path, flags: list[str]):
         if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.get("outputs", [])): cell.outputs = [] # a slider without its kernel is dead
     notebook.metadata.pop("widgets", None)                                      # random ids, other ones each time
     notebook.metadata.pop("language_info", None)
-    clean_nb(notebook, allowed_cell_metadata_keys=["jupyter", "tags"]) # those of settings.ini
+    clean_nb(notebook, allowed_cell_metadata_keys=kept)
     path.write_text(nbformat.writes(notebook, 4) + "\n", encoding="utf-8")
     print(f"{path.name}: {time.perf_counter() - start:.0f} s" + "".join(f"\n  stderr: {text.strip()[:300]}" for text in warnings), flush=True)
 
@@ -45,6 +45,6 @@ def main():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
     os.environ["TQDM_DISABLE"] = "1" # progress bars are not part of a lesson's text
-    for name in sys.argv[1:] or sorted((ROOT/"nbs").glob("*.ipynb")): refresh(Path(name).resolve(), config["DEFAULT"]["tst_flags"].split())
+    for name in sys.argv[1:] or sorted((ROOT/"nbs").glob("*.ipynb")): refresh(Path(name).resolve(), *(config["DEFAULT"][key].split() for key in ("tst_flags", "allowed_cell_metadata_keys")))
 
 if __name__ == "__main__": main()
