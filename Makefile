@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test export-check lint nbdev-test nbval unit soak bench wheel lab refresh clean
+.PHONY: help install demo test export-check lint nbdev-test nbval unit soak bench wheel lab docs docs-quarto refresh clean
 
 help:
 	@echo "make demo     train the tiny model on all of Fashion-MNIST (minutes on two cores), leave pictures"
@@ -12,6 +12,7 @@ help:
 	@echo "make soak     kill a run 200 times, and look for a lost checkpoint (minutes)"
 	@echo "make bench    measure speed and memory against diffusers and lucidrains (half an hour on two cores)"
 	@echo "make lab      open the course in JupyterLab"
+	@echo "make docs     build the site into _docs, without a network (Python 3.11 or newer)"
 	@echo "make wheel    build the package and try it in a clean environment"
 	@echo "make refresh  run the notebooks as a reader does and store their outputs"
 	@echo "make clean    remove the virtual environment and what was built (outputs/ and data/ stay)"
@@ -48,7 +49,7 @@ nbval: install
 
 # two at a time, each with one thread: most of these tests wait for processes, and threads that share two cores slow each other down
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup tests
 
 soak: install
 	OMP_NUM_THREADS=1 DDPM_KILLS=200 $(BIN)/pytest -q -rP tests/test_saves.py -k killed
@@ -64,8 +65,17 @@ wheel: install
 lab: install
 	$(BIN)/jupyter lab nbs/00_idea.ipynb
 
+docs: install
+	$(BIN)/python tools/docs.py
+
+# what is published: Quarto instead of smalldocs. README.md is ours (tools/readme.py): touched, it is not made again
+docs-quarto: install
+	$(BIN)/python -m pip install --quiet quarto-cli
+	touch README.md
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_docs
+
 refresh: install
 	$(BIN)/python tools/refresh.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info _proc _proc_site _docs .pytest_cache .ruff_cache

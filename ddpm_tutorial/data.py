@@ -70,7 +70,7 @@ def show_images(
     import matplotlib.pyplot as plt
     if images.is_floating_point(): images = to_uint8(images)
     rows = -(-len(images)//columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size*columns, size*rows*(1.2 if titles is not None else 1)), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(size*columns, rows*(size + 0.25*(titles is not None))), squeeze=False)
     for axis in axes.flat: axis.axis("off")
     for i, (axis, image) in enumerate(zip(axes.flat, images.cpu())):
         axis.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)

@@ -80,11 +80,7 @@ def dpm_solver_steps(
     "DPM-Solver++(2M): second order with one call of the model a step ([2211.01095](https://arxiv.org/abs/2211.01095), algorithm 2)."
     cond, draw = conditions_for(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
     x, before = first_noise(noise, shape, draw).to(device), None
-    pairs = scheduler.timesteps(num_inference_steps)
-    if len(pairs) < len(scheduler):                                          # not by way of time 0, which is nearly clean: a long stride
-        *pairs, (t, _) = scheduler.timesteps(len(pairs) + 1)[:-1]            # to it would extrapolate, and the call there would be wasted
-        pairs = [*pairs, (t, -1)]
-    for t, prev_t in pairs:
+    for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero=True): # a long second-order stride to time 0 would shoot past everything
         x0 = imagine(model, scheduler, x, t, clip_sample, cond)
         a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
         lam, lam_prev = (a/(1 - a)).log()/2, (a_prev/(1 - a_prev)).log()/2   # half the log of the signal-to-noise ratio

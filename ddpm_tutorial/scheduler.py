@@ -149,12 +149,14 @@ class NoiseScheduler:
         return a/(1 - a)
 
     def timesteps(self,
-        num_inference_steps: int|None=None # 1 ... T; default T
-    ) -> list[tuple[int, int]]:            # pairs (t, previous t), from (T-1, ...) down to (..., -1)
+        num_inference_steps: int|None=None, # 1 ... T; default T
+        skip_zero: bool=False               # the last time is a quarter of a stride from clean data, and not 0, unless all are visited
+    ) -> list[tuple[int, int]]:             # pairs (t, previous t), from (T-1, ...) down to (..., -1)
         "The times that a sampler visits, evenly spread over the schedule: the first is pure noise, the last leads to clean data."
         n = len(self) if num_inference_steps is None else num_inference_steps
         if not 1 <= n <= len(self): raise ValueError(f"num_inference_steps must be in 1 ... {len(self)}, not {n}")
-        times = torch.linspace(len(self) - 1, 0, n, dtype=torch.float64).round().long().tolist()
+        last = max(1, len(self)//(4*n)) if skip_zero and n < len(self) else 0
+        times = torch.linspace(len(self) - 1, last, n, dtype=torch.float64).round().long().tolist()
         return list(zip(times, times[1:] + [-1]))
 
 # %% ../nbs/05_scheduler.ipynb #91453282

@@ -111,11 +111,45 @@ def test_links_lead_somewhere():
     assert not wrong, "\n".join(wrong)
 
 
+def prose(name):
+    "The lines of a notebook's text cells."
+    return [line for cell in json.loads((NOTEBOOKS/name).read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines()]
+
+
+def named_tests(rows):
+    "(file, test) for each row of a table; all of them exist."
+    tests = {(path.name, name) for path in Path(__file__).parent.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    named = [re.findall(r"`(test_\w+\.py)::(test_\w+)`", row) for row in rows]
+    assert not [name for row in named for name in row if name not in tests]
+    return named
+
+
 def test_each_fault_has_its_tests():
     "The table of lesson 94: a test that it names exists, and each row names one."
-    tests = {(path.name, name) for path in Path(__file__).parent.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}
-    cells = json.loads((NOTEBOOKS/"94_faults.ipynb").read_text(encoding="utf-8"))["cells"]
-    rows = [line for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("| ")][1:] # the first is the head
-    named = [re.findall(r"`(test_\w+\.py)::(test_\w+)`", row) for row in rows]
-    assert len(rows) >= 20 and all(named)
-    assert not [name for row in named for name in row if name not in tests]
+    rows = [line for line in prose("94_faults.ipynb") if line.startswith("| ")][1:] # the first is the head
+    assert len(rows) >= 20 and all(named_tests(rows))
+
+
+def test_each_question_is_answered_where_it_says():
+    "Lesson 95: every section that it names is a heading of the lesson beside it, and every test exists."
+    rows = [line for line in prose("95_questions.ipynb") if line.startswith("| ") and not line.startswith("| question")]
+    places = [re.findall(r"\((\d\d_\w+\.ipynb)\),((?: (?:and )?\*[^*]+\*)+)", row) for row in rows]
+    assert len(rows) >= 20 and all(places) and sum(map(bool, named_tests(rows))) >= 15
+    for name, sections in (place for row in places for place in row):
+        headings = {line.lstrip("# ") for line in prose(name) if re.match("##+ ", line)}
+        for section in re.findall(r"\*([^*]+)\*", sections): assert section in headings, f"{name} has no section {section!r}"
+
+
+def test_the_sidebar_has_every_lesson():
+    "With its number and its title."
+    sidebar = (NOTEBOOKS.parent/"_quarto.yml").read_text(encoding="utf-8")
+    for path in NOTEBOOKS.glob("[0-9]*.ipynb"):
+        title = next(line for line in prose(path.name) if line.startswith("# ")).removeprefix("# ")
+        assert f'{{text: "{path.name[:2]} {title}", href: {path.name}}}' in sidebar, path.name
+
+
+def test_symbols_are_variables():
+    "What lesson 96 says of the scheduler, it has."
+    from ddpm_tutorial.scheduler import NoiseScheduler
+    names = set(re.findall(r"(?<!_)scheduler\.(\w+)", "\n".join(prose("96_symbols.ipynb"))))
+    assert len(names) >= 6 and all(hasattr(NoiseScheduler.cosine(10), name) for name in names)

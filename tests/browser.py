@@ -1,0 +1,22 @@
+"A headless Chromium for the tests that look at pages as a reader does."
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright = pytest.importorskip("playwright.sync_api")
+needed = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium or Chrome")
+
+
+@contextmanager
+def chromium(**options):
+    "A browser context with these options (viewport, color_scheme); what its pages complain of is in `context.complaints`."
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox", "--disable-gpu"])
+        context = browser.new_context(**options)
+        context.complaints = []
+        context.on("console", lambda message: context.complaints.append(message.text) if message.type == "error" else None)
+        context.on("requestfailed", lambda request: context.complaints.append(f"not loaded: {request.url}"))
+        yield context
+        browser.close()

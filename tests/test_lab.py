@@ -1,0 +1,99 @@
+"The lessons as a learner finds them, in JupyterLab in a real browser: Run All leaves no error, and every slider, moved by the keyboard, changes its picture."
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from browser import chromium, needed
+
+NOTEBOOKS = Path(__file__).parent.parent/"nbs"
+pytestmark = [needed, pytest.mark.xdist_group("lab")]        # one server
+
+def sliders_of(path):
+    "How many sliders each call of `interact` has."
+    code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    return [len(re.findall(r"\w+Slider\(", call)) for call in re.findall(r"^interact\(.*", code, re.MULTILINE)]
+
+WITH_SLIDERS = {path.name: found for path in sorted(NOTEBOOKS.glob("*.ipynb")) if (found := sliders_of(path))}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "The address of a JupyterLab over a copy of the notebooks, in quick mode."
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS, folder/"nbs", ignore=shutil.ignore_patterns("_quarto.yml", ".ipynb_checkpoints"))
+    # JupyterLab draws only the cells in sight unless told otherwise, and asks for news
+    for name, text in (("notebook-extension/tracker", '{"windowingMode": "none"}'), ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}')):
+        file = folder/"settings"/"@jupyterlab"/f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | dict(DDPM_TINY="1", OMP_NUM_THREADS="1", JUPYTERLAB_SETTINGS_DIR=str(folder/"settings"), JUPYTERLAB_WORKSPACES_DIR=str(folder/"workspaces"))
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+    with open(folder/"log", "w") as log: server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    try:
+        for _ in range(240):
+            if server.poll() is not None: break
+            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status", timeout=1)
+            except OSError: time.sleep(0.5)
+            else: break
+        else: raise TimeoutError((folder/"log").read_text())
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def run_all(page, address, name):
+    "Opens a notebook, runs it to its end, and returns the errors that it shows."
+    page.goto(f"{address}/lab/tree/nbs/{name}?reset", wait_until="domcontentloaded")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    begun = "() => [...document.querySelectorAll('.jp-Notebook .jp-InputArea-prompt')].some(prompt => /[*0-9]/.test(prompt.textContent))"
+    for _ in range(6):                                       # a command that comes too early is dropped in silence
+        page.click('.lm-MenuBar-item:has-text("Run")')
+        page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
+        try: page.wait_for_function(begun, timeout=4000)
+        except Exception: continue
+        break
+    else: raise TimeoutError(f"{name} did not start to run")
+    page.wait_for_function("() => ![...document.querySelectorAll('.jp-InputArea-prompt')].some(prompt => prompt.textContent.includes('*'))", timeout=240_000)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    return page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+
+
+@pytest.mark.parametrize("name", WITH_SLIDERS)
+def test_sliders(lab, name):
+    with chromium(viewport={"width": 1300, "height": 1000}) as context:
+        page = context.new_page()
+        assert not run_all(page, lab, name)
+        found = page.locator(".widget-interact")
+        assert found.count() == len(WITH_SLIDERS[name])
+        for i, number in enumerate(WITH_SLIDERS[name]):
+            box = found.nth(i)
+            picture, handles = box.locator("img").first, box.locator(".noUi-handle")
+            assert handles.count() == number
+            for k in range(number):
+                before = picture.get_attribute("src")
+                handles.nth(k).focus()
+                for _ in range(3): page.keyboard.press("ArrowLeft")
+                page.wait_for_function("([image, before]) => image.isConnected ? image.src !== before : true", arg=[picture.element_handle(), before], timeout=30_000)
+                picture.wait_for(timeout=30_000)
+                assert picture.get_attribute("src") != before, f"{name}: slider {k + 1} of control {i + 1} changes nothing"
+
+
+def test_the_first_lesson(lab):
+    "What `make lab` opens."
+    assert "nbs/00_idea.ipynb" in re.search(r"^lab:.*\n\t(.*)", (NOTEBOOKS.parent/"Makefile").read_text(), re.MULTILINE)[1]
+    with chromium(viewport={"width": 1300, "height": 1000}) as context: assert not run_all(context.new_page(), lab, "00_idea.ipynb")

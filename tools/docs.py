@@ -1,0 +1,55 @@
+"""The site in _docs, without a network: what `nbdev_docs` gives to Quarto (processed notebooks and _quarto.yml) goes to smalldocs.
+
+usage: python tools/docs.py          a broken link is an error
+"""
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from nbdev.config import get_config
+from nbdev.doclinks import _build_modidx, _nbpath2html
+from nbdev.serve import proc_nbs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def rewrite(path: Path, change):
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+def name_as_linked(folder: Path):
+    "05_scheduler.ipynb becomes scheduler.ipynb, everywhere: Quarto reads that from `output-file`, smalldocs names a page after its notebook."
+    new = {path.name: _nbpath2html(path.relative_to(folder)).with_suffix(".ipynb").name for path in folder.glob("*.ipynb")}
+    def renamed(text): return re.sub(r"\b\d\d_\w+\.ipynb", lambda found: new.get(found[0], found[0]), re.sub(r'\s*"output-file: .*\\n",', "", text))
+    for path in [*folder.glob("*.ipynb"), folder/"_quarto.yml"]: rewrite(path, renamed)
+    for old, name in new.items(): (folder/old).rename(folder/name)
+
+def link_within(folder: Path):
+    "nbdev links to a function by the address of the published site; here its page lies beside."
+    config = get_config()
+    published = config.doc_host.rstrip("/") + "/" + config.doc_baseurl.strip("/") + "/"
+    for path in folder.glob("*.ipynb"): rewrite(path, lambda text: text.replace(published, "./"))
+
+def leave_the_network(site: Path):
+    "KaTeX comes from this repository, letters from the reader's machine."
+    shutil.copytree(ROOT/"tools"/"katex", site/"site_libs"/"katex")
+    for page in site.glob("*.html"): rewrite(page, lambda text: re.sub(r'https://[^"]+/katex@[\d.]+/dist(/contrib)?', "site_libs/katex", text))
+    for theme in site.glob("site_libs/themes/*.css"): rewrite(theme, lambda text: re.sub(r"@import url\(https://[^)]*\);", "", text))
+
+def main():
+    warnings.simplefilter("ignore", SyntaxWarning)
+    work, site = ROOT/"_proc_site", ROOT/"_docs"
+    for folder in (work, site): shutil.rmtree(folder, ignore_errors=True)
+    _build_modidx()
+    shutil.copytree(proc_nbs(n_workers=0, force=True), work)
+    name_as_linked(work)
+    link_within(work)
+    done = subprocess.run([Path(sys.executable).parent/"smalldocs", "render", "--strict", "--quiet", work])
+    shutil.move(work/"_docs", site)
+    shutil.rmtree(work)
+    leave_the_network(site)
+    if done.returncode: sys.exit("error: the site has faults, see the warnings above")
+    print(f"{len(list(site.glob('*.html')))} pages. To read and search them: python -m http.server --directory {site.name}, and open http://localhost:8000")
+
+if __name__ == "__main__": main()
