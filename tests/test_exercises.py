@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-LESSONS = sorted((Path(__file__).parent.parent/"nbs").glob("[0-9]*.ipynb"))
+LESSONS = [path for path in sorted((Path(__file__).parent.parent/"nbs").glob("[0-9]*.ipynb")) if not 95 <= int(path.name[:2]) <= 98]   # those are to look things up
 EMPTY = "Not yet: numbers or tensors are wanted, and this is nothing.\n"
 
 def parts(path):
