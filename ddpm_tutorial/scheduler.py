@@ -17,7 +17,7 @@ from torch import Tensor
 def linear_betas(
     num_steps: int # T, at least 21
 ) -> Tensor:       # float64 (T,)
-    "From 1e-4 to 0.02 ([2006.11239](https://arxiv.org/abs/2006.11239), 4), times 1000/T so that the end is noise for every T."
+    "From 1e-4 to 0.02 ([2006.11239](https://arxiv.org/abs/2006.11239), section 4), times 1000/T so that the end is noise for every T."
     if num_steps < 21: raise ValueError(f"num_steps: the linear schedule needs at least 21 steps (else a beta reaches 1), not {num_steps}")
     return torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64) * 1000/num_steps
 

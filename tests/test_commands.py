@@ -162,6 +162,15 @@ def test_sampling_refuses(run, args, code, says, capsys):
     message = capsys.readouterr().err
     assert says in message and "Traceback" not in message
 
+def test_a_configuration_that_contradicts_the_checkpoint(run, tmp_path, capsys):
+    "Is refused with the fields in which the two differ; the run's own is taken."
+    settings = json.loads((run/"config.json").read_text())
+    settings["scheduler"]["schedule"] = "linear"
+    (tmp_path/"other.json").write_text(json.dumps(settings))
+    assert command(sample, "--checkpoint", run/"checkpoints"/"latest.pth", "--config", tmp_path/"other.json") == 2
+    message = capsys.readouterr().err
+    assert "belongs to another run" in message and "scheduler.schedule" in message
+
 def test_own_images(tmp_path, capsys):
     "Colour, not square, three classes: the first call says what to add, the second trains and samples."
     np.savez(tmp_path/"own.npz", images=np.random.default_rng(0).integers(0, 256, (30, 12, 16, 3), dtype=np.uint8), labels=np.arange(30) % 3)

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from browser import chromium, needed
+from browser import chromium, needed, playwright
 
 NOTEBOOKS = Path(__file__).parent.parent/"nbs"
 pytestmark = [needed, pytest.mark.xdist_group("lab")]        # one server
@@ -26,9 +26,12 @@ WITH_SLIDERS = {path.name: found for path in sorted(NOTEBOOKS.glob("*.ipynb")) i
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
     "The address of a JupyterLab over a copy of the notebooks, in quick mode."
-    folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, folder/"nbs", ignore=shutil.ignore_patterns("_quarto.yml", ".ipynb_checkpoints"))
     # JupyterLab draws only the cells in sight unless told otherwise, and asks for news
     for name, text in (("notebook-extension/tracker", '{"windowingMode": "none"}'), ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}')):
@@ -40,11 +43,11 @@ def lab(tmp_path_factory):
         port = free.getsockname()[1]
     environment = os.environ | dict(DDPM_TINY="1", OMP_NUM_THREADS="1", JUPYTERLAB_SETTINGS_DIR=str(folder/"settings"), JUPYTERLAB_WORKSPACES_DIR=str(folder/"workspaces"))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={folder}"]
+               "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}"]
     with open(folder/"log", "w") as log: server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
     try:
         for _ in range(240):
-            if server.poll() is not None: break
+            if server.poll() is not None: raise RuntimeError((folder/"log").read_text())
             try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status", timeout=1)
             except OSError: time.sleep(0.5)
             else: break
@@ -70,7 +73,17 @@ def run_all(page, address, name):
     else: raise TimeoutError(f"{name} did not start to run")
     page.wait_for_function("() => ![...document.querySelectorAll('.jp-InputArea-prompt')].some(prompt => prompt.textContent.includes('*'))", timeout=240_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    return page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+    cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.filter(cell => cell.cell_type === 'code')")
+    errors = [f"{output['ename']}: {output['evalue']}" for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert errors or all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip()), "not every cell was run"
+    return errors
+
+
+def test_an_error_is_seen(lab, folder):
+    "The others would notice one."
+    broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1/0")], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nbformat.write(broken, folder/"nbs"/"broken.ipynb")
+    with chromium() as context: assert run_all(context.new_page(), lab, "broken.ipynb") == ["ZeroDivisionError: division by zero"]
 
 
 @pytest.mark.parametrize("name", WITH_SLIDERS)
@@ -79,15 +92,15 @@ def test_sliders(lab, name):
         page = context.new_page()
         assert not run_all(page, lab, name)
         found = page.locator(".widget-interact")
-        assert found.count() == len(WITH_SLIDERS[name])
+        playwright.expect(found).to_have_count(len(WITH_SLIDERS[name]), timeout=30_000)
         for i, number in enumerate(WITH_SLIDERS[name]):
             box = found.nth(i)
             picture, handles = box.locator("img").first, box.locator(".noUi-handle")
-            assert handles.count() == number
+            playwright.expect(handles).to_have_count(number, timeout=30_000)
             for k in range(number):
                 before = picture.get_attribute("src")
                 handles.nth(k).focus()
-                for _ in range(3): page.keyboard.press("ArrowLeft")
+                page.keyboard.press("ArrowLeft")            # once, or late changes of one slider would pass for those of the next
                 page.wait_for_function("([image, before]) => image.isConnected ? image.src !== before : true", arg=[picture.element_handle(), before], timeout=30_000)
                 picture.wait_for(timeout=30_000)
                 assert picture.get_attribute("src") != before, f"{name}: slider {k + 1} of control {i + 1} changes nothing"
@@ -95,5 +108,6 @@ def test_sliders(lab, name):
 
 def test_the_first_lesson(lab):
     "What `make lab` opens."
+    assert len(WITH_SLIDERS) >= 5
     assert "nbs/00_idea.ipynb" in re.search(r"^lab:.*\n\t(.*)", (NOTEBOOKS.parent/"Makefile").read_text(), re.MULTILINE)[1]
     with chromium(viewport={"width": 1300, "height": 1000}) as context: assert not run_all(context.new_page(), lab, "00_idea.ipynb")

@@ -1,7 +1,8 @@
 """The site in _docs, without a network: what `nbdev_docs` gives to Quarto (processed notebooks and _quarto.yml) goes to smalldocs.
 
-usage: python tools/docs.py          a broken link is an error
+usage: python tools/docs.py [FOLDER]          default: _docs; a link to a page that is not there is an error
 """
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from nbdev.config import get_config
-from nbdev.doclinks import _build_modidx, _nbpath2html
+from nbdev.doclinks import _nbpath2html
 from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,17 +40,18 @@ def leave_the_network(site: Path):
 
 def main():
     warnings.simplefilter("ignore", SyntaxWarning)
-    work, site = ROOT/"_proc_site", ROOT/"_docs"
+    work, site = ROOT/"_proc_site", Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/"_docs").resolve()
     for folder in (work, site): shutil.rmtree(folder, ignore_errors=True)
-    _build_modidx()
+    os.chdir(ROOT)                                      # nbdev reads settings.ini from here
     shutil.copytree(proc_nbs(n_workers=0, force=True), work)
     name_as_linked(work)
     link_within(work)
     done = subprocess.run([Path(sys.executable).parent/"smalldocs", "render", "--strict", "--quiet", work])
+    if not (work/"_docs").exists(): sys.exit("error: smalldocs has made no site, see above")
     shutil.move(work/"_docs", site)
     shutil.rmtree(work)
     leave_the_network(site)
     if done.returncode: sys.exit("error: the site has faults, see the warnings above")
-    print(f"{len(list(site.glob('*.html')))} pages. To read and search them: python -m http.server --directory {site.name}, and open http://localhost:8000")
+    print(f"{len(list(site.glob('*.html')))} pages. To read and search them: python -m http.server --directory {site}, and open http://localhost:8000")
 
 if __name__ == "__main__": main()
