@@ -46,7 +46,8 @@ def main():
         folder = args.output_dir/f"{0 if name == RAW else i}"
         result = args.output_dir/f"{i}.json"
         if not (folder/"checkpoints"/"best_model.pth").exists():
-            run("train", f"--config small {data} --epochs {args.epochs}{few_steps} --no-wandb --output_dir {folder} {options}")
+            stopped = " --resume"*any((folder/"checkpoints").glob("*.pth"))
+            run("train", f"--config small {data} --epochs {args.epochs}{few_steps} --no-wandb --output_dir {folder} {options}{stopped}")
         if not result.exists():
             run("evaluation", f"--checkpoint {folder}/checkpoints/best_model.pth --num_samples {args.num_samples} --output {result} {data}{few_calls}" + f" {options}"*(name == RAW))
         lines = [json.loads(line) for line in (folder/"metrics.jsonl").read_text().splitlines()]
