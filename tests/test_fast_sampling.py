@@ -109,7 +109,7 @@ class EqualStrides(NoiseScheduler):
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("method, order, grid", [(ddim_steps, 1, NoiseScheduler), (dpm_solver_steps, 2, EqualStrides)])
+@pytest.mark.parametrize("method, order, grid", [(ddim_steps, 1, NoiseScheduler), (dpm_solver_steps, 2, EqualStrides), (dpm_solver_steps, 2, NoiseScheduler)])
 def test_order_of_convergence(method, order, grid, schedule, prediction_type):
     "Against the closed form, for pixels of three spreads: with four times the steps the error is divided by 4 or by 16, about."
     betas, scheduler = reference.betas(schedule, 1000), SchedulerConfig(schedule, 1000, prediction_type).build()
@@ -123,7 +123,7 @@ def test_order_of_convergence(method, order, grid, schedule, prediction_type):
             squares.append((steps[-1].x - closed_form(betas, z, 0.3, std, -1)).square().mean())
         errors[n] = torch.stack(squares).mean().sqrt().item()
     assert 0.75*order < math.log(errors[20]/errors[80], 4) < 1.35*order
-    assert errors[80] < {1: 0.05, 2: 0.003}[order]
+    assert errors[80] < (0.05 if order == 1 else 0.003 if grid is EqualStrides else 0.007)   # a nearer last leap keeps more detail, which bell curves have not
 
 
 @pytest.mark.parametrize("method", [ddim_steps, dpm_solver_steps])
