@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   := outputs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test export-check lint nbdev-test nbval unit soak bench wheel lab docs docs-quarto refresh clean
+.PHONY: help install demo test export-check lint nbdev-test nbval unit soak lessons bench wheel lab docs docs-quarto refresh clean
 
 help:
 	@echo "make demo     train the tiny model on all of Fashion-MNIST (minutes on two cores), leave pictures"
 	@echo "make test     everything that must hold: export, lint, notebooks, unit tests"
 	@echo "make soak     kill a run 200 times, and look for a lost checkpoint (minutes)"
+	@echo "make lessons  run every lesson in JupyterLab in a browser (minutes)"
 	@echo "make bench    measure speed and memory against diffusers and lucidrains (half an hour on two cores)"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make docs     build the site into _docs, without a network (Python 3.11 or newer)"
@@ -49,10 +50,13 @@ nbval: install
 
 # two at a time, each with one thread: most of these tests wait for processes, and threads that share two cores slow each other down
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile tests
 
 soak: install
 	OMP_NUM_THREADS=1 DDPM_KILLS=200 $(BIN)/pytest -q -rP tests/test_saves.py -k killed
+
+lessons: install
+	DDPM_EVERY_LESSON=1 $(BIN)/pytest -q tests/test_lab.py
 
 bench: install
 	$(BIN)/python tools/bench.py --compiled

@@ -69,13 +69,14 @@ def show_images(
     "Draws images in a notebook."
     import matplotlib.pyplot as plt
     if images.is_floating_point(): images = to_uint8(images)
-    rows = -(-len(images)//columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size*columns, rows*(size + 0.25*(titles is not None))), squeeze=False)
+    rows = [titles[i:i + columns] if titles is not None else [] for i in range(0, len(images), columns)]
+    height = sum(size + 0.25*any(map(str, row)) for row in rows)        # a row without titles needs no room for them
+    figure, axes = plt.subplots(len(rows), columns, figsize=(size*columns, height), squeeze=False, layout="compressed")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     for axis in axes.flat: axis.axis("off")
     for i, (axis, image) in enumerate(zip(axes.flat, images.cpu())):
         axis.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
         if titles is not None: axis.set_title(str(titles[i]), fontsize=8)
-    plt.tight_layout(pad=0.3)
     plt.show()
 
 # %% ../nbs/01_data.ipynb #01-031

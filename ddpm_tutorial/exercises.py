@@ -19,7 +19,8 @@ def as_tensors(
     "The form in which answers are compared. Raises `TypeError` for what is no number."
     if isinstance(value, (list, tuple)): return [as_tensors(part) for part in value]
     if not isinstance(value, (int, float, Tensor)): raise TypeError(f"numbers or tensors are wanted, and this is {'nothing' if value is None else type(value).__name__}")
-    return torch.atleast_1d(torch.as_tensor(value).detach().cpu().double())
+    if isinstance(value, Tensor): value = value.detach().cpu()          # not every device has float64
+    return torch.atleast_1d(torch.as_tensor(value, dtype=torch.float64))
 
 # %% ../nbs/17_exercises.ipynb #d2e5853b
 def exercise(

@@ -15,7 +15,7 @@ import pytest
 from browser import chromium, needed, playwright
 
 NOTEBOOKS = Path(__file__).parent.parent/"nbs"
-pytestmark = [needed, pytest.mark.xdist_group("lab")]        # one server
+pytestmark = needed
 
 def sliders_of(path):
     "How many sliders each call of `interact` has."
@@ -58,22 +58,21 @@ def lab(folder):
         server.wait(20)
 
 
+RUN_ALL = """async () => {
+    const { shell, commands } = window.jupyterapp, panel = shell.currentWidget;
+    await panel.context.ready;
+    await panel.sessionContext.ready;
+    await panel.sessionContext.session.kernel.info;                 // answered by a kernel that runs
+    const late = new Promise((_, reject) => setTimeout(() => reject(new Error("not at its end after 240 s")), 240_000));
+    await Promise.race([commands.execute("notebook:run-all-cells"), late]);
+    return panel.content.model.toJSON().cells.filter(cell => cell.cell_type === "code");
+}"""
+
 def run_all(page, address, name):
-    "Opens a notebook, runs it to its end, and returns the errors that it shows."
+    "Opens a notebook, gives the command of the menu Run > Run All Cells, waits for its end, and returns the errors that it shows."
     page.goto(f"{address}/lab/tree/nbs/{name}?reset", wait_until="domcontentloaded")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    begun = "() => [...document.querySelectorAll('.jp-Notebook .jp-InputArea-prompt')].some(prompt => /[*0-9]/.test(prompt.textContent))"
-    for _ in range(6):                                       # a command that comes too early is dropped in silence
-        page.click('.lm-MenuBar-item:has-text("Run")')
-        page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
-        try: page.wait_for_function(begun, timeout=4000)
-        except Exception: continue
-        break
-    else: raise TimeoutError(f"{name} did not start to run")
-    page.wait_for_function("() => ![...document.querySelectorAll('.jp-InputArea-prompt')].some(prompt => prompt.textContent.includes('*'))", timeout=240_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
-    cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.filter(cell => cell.cell_type === 'code')")
+    cells = page.evaluate(RUN_ALL)
     errors = [f"{output['ename']}: {output['evalue']}" for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
     assert errors or all(cell["execution_count"] for cell in cells if "".join(cell["source"]).strip()), "not every cell was run"
     return errors
@@ -106,8 +105,14 @@ def test_sliders(lab, name):
                 assert picture.get_attribute("src") != before, f"{name}: slider {k + 1} of control {i + 1} changes nothing"
 
 
-def test_the_first_lesson(lab):
-    "What `make lab` opens."
+# the first lesson; all of them take minutes, and nbval runs each in `make test`
+OTHERS = [path.name for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name not in WITH_SLIDERS] if "DDPM_EVERY_LESSON" in os.environ else ["00_idea.ipynb"]
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_run_all(lab, name):
+    with chromium(viewport={"width": 1300, "height": 1000}) as context: assert not run_all(context.new_page(), lab, name)
+
+
+def test_make_lab_opens_the_first_lesson():
     assert len(WITH_SLIDERS) >= 5
     assert "nbs/00_idea.ipynb" in re.search(r"^lab:.*\n\t(.*)", (NOTEBOOKS.parent/"Makefile").read_text(), re.MULTILINE)[1]
-    with chromium(viewport={"width": 1300, "height": 1000}) as context: assert not run_all(context.new_page(), lab, "00_idea.ipynb")

@@ -13,7 +13,6 @@ pytest.importorskip("smalldocs")
 from browser import chromium, needed, playwright
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("site")            # built once
 
 
 class Silent(SimpleHTTPRequestHandler):
