@@ -19,6 +19,7 @@ help:
 	@echo "make clean    remove the virtual environment and what was built (outputs/ and data/ stay)"
 
 $(VENV)/installed: settings.ini setup.py
+	@echo "installing into $(VENV): some gigabytes, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
@@ -30,7 +31,7 @@ demo: install
 	$(BIN)/ddpm_train --config tiny --no-wandb --output_dir $(DEMO)
 	$(BIN)/ddpm_sample --checkpoint $(DEMO)/checkpoints/best_model.pth --mode class_grid
 	$(BIN)/ddpm_sample --checkpoint $(DEMO)/checkpoints/best_model.pth --mode progressive --num_samples 10
-	@echo "Your clothes: $(DEMO)/samples/class_grid.png, and their way out of the noise: $(DEMO)/samples/progressive.png"
+	@echo "Your clothes: $(DEMO)/samples/class_grid.png, and their way out of the noise: $(DEMO)/samples/progressive.png. How they come about: make lab"
 
 test: export-check lint nbdev-test nbval unit
 
@@ -66,6 +67,8 @@ wheel: install
 	$(BIN)/python -m build --quiet --wheel
 	$(BIN)/python tools/try_wheel.py dist/*.whl
 
+# the kernels run in nbs/, the data are where `make demo` has put them
+lab: export DDPM_DATA_ROOT := $(or $(DDPM_DATA_ROOT),$(abspath data))
 lab: install
 	$(BIN)/jupyter lab nbs/00_idea.ipynb
 

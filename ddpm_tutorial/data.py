@@ -35,8 +35,7 @@ class ImageData:
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise DataError(f"images must be uint8 (n, C, H, W), not {self.images.dtype} {tuple(self.images.shape)}")
-        if min(self.images.shape[-2:]) < 8:
-            raise DataError(f"images are {tuple(self.images.shape[-2:])} pixels; the smallest size is 8")
+        if min(self.images.shape[-2:]) < 8: raise DataError(f"images are {tuple(self.images.shape[-2:])} pixels; the smallest size is 8")
         if len(self.images) == 0: raise DataError("there are no images")
         if self.labels.shape != (len(self.images),) or self.labels.dtype != torch.int64:
             raise DataError(f"{len(self.images)} images need as many int64 labels, not {self.labels.dtype} {tuple(self.labels.shape)}")
@@ -64,7 +63,8 @@ def show_images(
     images: Tensor,       # uint8 (n, C, H, W), or float in [-1, 1]
     titles=None,          # a title for each image
     columns: int=10,      # images in a row
-    size: float=0.9       # inches for each image
+    size: float=0.9,      # inches for each image
+    row_titles=()         # a word for each row, on its left
 ):
     "Draws images in a notebook."
     import matplotlib.pyplot as plt
@@ -77,6 +77,7 @@ def show_images(
     for i, (axis, image) in enumerate(zip(axes.flat, images.cpu())):
         axis.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
         if titles is not None: axis.set_title(str(titles[i]), fontsize=8)
+    for axis, word in zip(axes[:, 0], row_titles): axis.text(-0.08, 0.5, word, fontsize=8, ha="right", va="center", transform=axis.transAxes)
     plt.show()
 
 # %% ../nbs/01_data.ipynb #01-031
@@ -145,8 +146,7 @@ def check_raw_files(
         file = folder/name
         if not file.exists(): raise DataError(f"{file} is missing")
         found = file.stat().st_size
-        if found != size:
-            raise DataError(f"{file} has {found:,} bytes instead of {size:,}; delete it and run again")
+        if found != size: raise DataError(f"{file} has {found:,} bytes instead of {size:,}; delete it and run again")
         if hashlib.md5(file.read_bytes()).hexdigest() != md5:
             raise DataError(f"{file} is not the published file (its md5 differs); delete it and run again")
 

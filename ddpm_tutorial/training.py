@@ -146,7 +146,7 @@ def new_state(
     config: TrainConfig
 ) -> TrainState:
     "The start of a run."
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")  # all weights in one call, where there is one
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
     return TrainState(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
 

@@ -75,14 +75,14 @@ class UNetConfig:
     num_classes: int=10                              # 0: a model without labels
     base_channels: int=32                            # width of the first level
     channel_multipliers: tuple[int, ...]=(1, 2, 4)   # width of each level / base_channels
-    patch_size: int=1                                # the first level works on patches of this size: 2 makes it 4 times cheaper
+    patch_size: int=1                                # pixels become patches of this size first: 2 makes all 4 times cheaper
     num_res_blocks: int=1                            # per level on the way down
-    mirrored: bool=True                              # as many blocks up as down; False: one more up on each level, as in DDPM
-    attention_resolutions: tuple[int, ...]=()        # feature maps of these sizes get attention; the middle always has it
+    mirrored: bool=True                              # as many blocks up as down; False: one more a level, as in DDPM
+    attention_resolutions: tuple[int, ...]=()        # maps of these sizes attend; the middle always does
     attention: str="self"                            # "self" or "linear"
     head_dim: int=32                                 # width of an attention head
     feed_forward: bool=True                          # feed-forward after the attention
-    num_groups: int=2                                # groups of every group norm, so 16 channels each on the first level
+    num_groups: int=2                                # groups of every group norm
 
     @property
     def resolutions(self) -> tuple[int, ...]: # size of the feature map at each level, e.g. (28, 14, 7)

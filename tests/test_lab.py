@@ -105,8 +105,8 @@ def test_sliders(lab, name):
                 assert picture.get_attribute("src") != before, f"{name}: slider {k + 1} of control {i + 1} changes nothing"
 
 
-# the first lesson; all of them take minutes, and nbval runs each in `make test`
-OTHERS = [path.name for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name not in WITH_SLIDERS] if "DDPM_EVERY_LESSON" in os.environ else ["00_idea.ipynb"]
+# one; all of them take minutes (`make lessons`), and nbval runs each in `make test`
+OTHERS = [path.name for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.name not in WITH_SLIDERS] if "DDPM_EVERY_LESSON" in os.environ else ["01_data.ipynb"]
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_run_all(lab, name):
