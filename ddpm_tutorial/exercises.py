@@ -29,7 +29,7 @@ def in_short(
     "What is different, and where."
     message = re.sub(r"The values for attribute 'shape' do not match: torch.Size\((.*?)\) != torch.Size\((.*?)\)", r"Its shape is \1, and \2 is wanted", message)
     return re.sub(r"Tensor-likes are not close! .*?absolute difference: (\S+) at index (\(.*?\)) .*?at index .*? allowed\)",
-                  lambda found: f"The largest difference is {float(found[1]):.4g}, at index {found[2]}.", message)
+                  lambda found: f"The largest difference is {float(found[1]):.4g}, at index {found[2]}.", message).replace("The failure occurred for item", "This is in item")
 
 # %% ../nbs/17_exercises.ipynb #d2e5853b
 def exercise(
