@@ -59,13 +59,16 @@ def lab(folder):
 
 
 RUN_ALL = """async () => {
-    const { shell, commands } = window.jupyterapp, panel = shell.currentWidget;
-    await panel.context.ready;
-    await panel.sessionContext.ready;
-    await panel.sessionContext.session.kernel.info;                 // answered by a kernel that runs
-    const late = new Promise((_, reject) => setTimeout(() => reject(new Error("not at its end after 240 s")), 240_000));
-    await Promise.race([commands.execute("notebook:run-all-cells"), late]);
-    return panel.content.model.toJSON().cells.filter(cell => cell.cell_type === "code");
+    const { shell, commands } = window.jupyterapp, panel = shell.currentWidget, wait = ms => new Promise(done => setTimeout(done, ms));
+    const run = async () => {
+        await panel.context.ready;
+        await panel.sessionContext.ready;
+        while (!panel.sessionContext.session?.kernel) await wait(100);
+        await panel.sessionContext.session.kernel.info;             // answered by a kernel that runs
+        await commands.execute("notebook:run-all-cells");
+        return panel.content.model.toJSON().cells.filter(cell => cell.cell_type === "code");
+    };
+    return await Promise.race([run(), wait(240_000).then(() => { throw new Error("not at its end after 240 s"); })]);
 }"""
 
 def run_all(page, address, name):
