@@ -9,18 +9,24 @@ __all__ = ['as_tensors', 'in_short', 'exercise']
 import copy, re
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # %% ../nbs/17_exercises.ipynb #b1fdafc1
 def as_tensors(
-    value # a number, a tensor, or a list or tuple of these
-):        # float64 tensors of one axis or more, in lists as before
-    "The form in which answers are compared. Raises `TypeError` for what is no number."
-    if isinstance(value, (list, tuple)): return [as_tensors(part) for part in value]
-    if not isinstance(value, (int, float, Tensor)): raise TypeError(f"numbers or tensors are wanted, and this is {'nothing' if value is None else type(value).__name__}")
-    if isinstance(value, Tensor): value = value.detach().cpu()          # not every device has float64
-    return torch.atleast_1d(torch.as_tensor(value, dtype=torch.float64))
+    value # a number, a tensor or array, or a list or tuple of these
+):        # a float64 tensor, or a list of such where the parts have different shapes
+    "The form in which answers are compared. Raises `TypeError` for what is no real number."
+    if isinstance(value, (list, tuple)):
+        parts = [as_tensors(part) for part in value]
+        shapes = {part.shape if isinstance(part, Tensor) else None for part in parts}
+        return torch.stack(parts) if len(shapes) == 1 and shapes != {None} else parts
+    if not isinstance(value, (int, float, Tensor, np.generic, np.ndarray)):
+        raise TypeError(f"numbers or tensors are wanted, and this is {'nothing' if value is None else type(value).__name__}")
+    value = torch.as_tensor(value).detach().cpu() if not isinstance(value, (int, float)) else value   # not every device has float64
+    if isinstance(value, Tensor) and value.is_complex(): raise TypeError("real numbers are wanted, and these are complex")
+    return torch.as_tensor(value, dtype=torch.float64)
 
 # %% ../nbs/17_exercises.ipynb #17-short-code
 def in_short(
@@ -29,7 +35,7 @@ def in_short(
     "What is different, and where."
     message = re.sub(r"The values for attribute 'shape' do not match: torch.Size\((.*?)\) != torch.Size\((.*?)\)", r"Its shape is \1, and \2 is wanted", message)
     return re.sub(r"Tensor-likes are not close! .*?absolute difference: (\S+) at index (\(.*?\)) .*?at index .*? allowed\)",
-                  lambda found: f"The largest difference is {float(found[1]):.4g}, at index {found[2]}.", message).replace("The failure occurred for item", "This is in item")
+                  lambda found: f"The largest difference is {float(found[1]):.4g}, at index {found[2]}.", message)
 
 # %% ../nbs/17_exercises.ipynb #d2e5853b
 def exercise(
@@ -41,11 +47,18 @@ def exercise(
     "An exercise. Raises `ValueError` if a typical wrong answer would not be found out, or get the hint of another one."
     def call(function, case): return function(*copy.deepcopy(case))  # copies: what an answer does to its arguments is its own affair
 
-    def apart(found, wanted, tolerance): # None, or the difference in words
-        try: torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
-        except AssertionError as error: return in_short(" ".join(str(error).split()))
+    def form(value): return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a list of {len(value)} different parts"
 
-    def short(value): return text if len(text := repr(value)) < 60 and "\n" not in text else "..."
+    def apart(found, wanted, tolerance): # None, or the difference in words
+        if isinstance(found, Tensor) and isinstance(wanted, Tensor):
+            try: torch.testing.assert_close(torch.atleast_1d(found), torch.atleast_1d(wanted), rtol=tolerance, atol=tolerance, equal_nan=True)
+            except AssertionError as error: return in_short(" ".join(str(error).split()))
+        elif isinstance(found, Tensor) or isinstance(wanted, Tensor) or len(found) != len(wanted): return f"This is {form(found)}, and {form(wanted)} is wanted."
+        else: return next((f"In part {i}: {words}" for i, pair in enumerate(zip(found, wanted)) if (words := apart(*pair, tolerance))), None)
+
+    def short(value):
+        if isinstance(value, Tensor) and value.numel() > 3: return form(value)
+        return text if len(text := repr(value)) < 80 and "\n" not in text else f"a {type(value).__name__}"
 
     def of(i): return f"in case {i + 1} of {len(cases)}, given {', '.join(map(short, cases[i])) or 'nothing'}"
 
@@ -54,8 +67,8 @@ def exercise(
         for i, case in enumerate(cases):
             try: returned.append(call(answer, case))
             except Exception as error: return f"Not yet, {of(i)}: it raises {type(error).__name__}: {error}"  # the notebook goes on
-        try: found = as_tensors(returned)
-        except TypeError as error: return f"Not yet: {error}."
+        try: found = [as_tensors(value) for value in returned]
+        except (TypeError, ValueError, RuntimeError) as error: return f"Not yet: {error}."
         if not apart(found, right, 0): return f"Exact, in {len(cases)} of {len(cases)} cases."
         if not apart(found, right, eps): return f"Close enough, in {len(cases)} of {len(cases)} cases; what is left is rounding."
         for hint, wrong in mistakes.items():
@@ -63,7 +76,7 @@ def exercise(
         i, difference = next((i, words) for i, pair in enumerate(zip(found, right)) if (words := apart(*pair, eps)))
         return f"Not yet, {of(i)}: you return {short(returned[i])}. {difference}"
 
-    def answers(function): return as_tensors([call(function, case) for case in cases])
+    def answers(function): return [as_tensors(call(function, case)) for case in cases]
 
     def check(answer):
         name = getattr(answer, "__name__", "<lambda>")

@@ -3,7 +3,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from ddpm_tutorial.exercises import exercise
 
 LESSONS = [path for path in sorted((Path(__file__).parent.parent/"nbs").glob("[0-9]*.ipynb")) if not 95 <= int(path.name[:2]) <= 98]   # those are to look things up
 EMPTY = "Not yet: numbers or tensors are wanted, and this is nothing."
@@ -29,3 +33,17 @@ def test_each_lesson_has_exercises(path):
             assert "".join(cell["source"]).startswith("#| code-summary: ")   # the line that is left of a folded cell in JupyterLab
 
 def test_forty_and_more(): assert sum(len(parts(path)) for path in LESSONS) >= 40
+
+STRANGE = [None, "3", {}, [], [[]], [None], [1, [2, 3]], 3 + 2j, torch.tensor(1j), np.array(["a"]), np.array([1j]), torch.zeros(0), torch.zeros(2, 3, 4), float("nan"), [torch.zeros(2), torch.zeros(3)], object(), torch.tensor]
+
+@pytest.mark.parametrize("right", [3., torch.tensor([2., 4.]), [(4, 2), (2, -1)], [torch.zeros(2), torch.ones(1, 1)], (torch.tensor(1.), 2)], ids=repr)
+def test_a_checker_never_raises(right, capsys):
+    "Whatever comes back, one line is said about it; and what is right is right as a list, a tensor or an array."
+    check = exercise(lambda: right, (), typical={"That is nothing of the kind.": lambda: -100.})
+    for answer in STRANGE:
+        check(lambda: answer)
+        assert capsys.readouterr().out.startswith("Not yet")
+    same = [right, list(right) if isinstance(right, tuple | list) else right, np.asarray(right) if isinstance(right, float | torch.Tensor) else right]
+    for answer in same:
+        check(lambda: answer)
+        assert capsys.readouterr().out.startswith("Exact")
