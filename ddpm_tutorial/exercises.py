@@ -20,19 +20,21 @@ def as_tensors(
     "The form in which answers are compared. Raises `TypeError` for what is no real number."
     if isinstance(value, (list, tuple)):
         parts = [as_tensors(part) for part in value]
-        shapes = {part.shape if isinstance(part, Tensor) else None for part in parts}
-        return torch.stack(parts) if len(shapes) == 1 and shapes != {None} else parts
-    if not isinstance(value, (int, float, Tensor, np.generic, np.ndarray)):
-        raise TypeError(f"numbers or tensors are wanted, and this is {'nothing' if value is None else type(value).__name__}")
-    value = torch.as_tensor(value).detach().cpu() if not isinstance(value, (int, float)) else value   # not every device has float64
-    if isinstance(value, Tensor) and value.is_complex(): raise TypeError("real numbers are wanted, and these are complex")
+        alike = len({getattr(part, "shape", None) for part in parts}) == 1 and isinstance(parts[0], Tensor)
+        return torch.stack(parts) if alike else parts
+    if isinstance(value, (np.generic, np.ndarray)): value = torch.as_tensor(value)
+    if not isinstance(value, (int, float, Tensor)): raise TypeError(f"numbers or tensors are wanted, and this is {'nothing' if value is None else type(value).__name__}")
+    if isinstance(value, Tensor):
+        if value.is_complex(): raise TypeError("real numbers are wanted, and these are complex")
+        value = value.detach().cpu()                                    # not every device has float64
     return torch.as_tensor(value, dtype=torch.float64)
 
 # %% ../nbs/17_exercises.ipynb #17-short-code
 def in_short(
-    message: str # of `torch.testing.assert_close`, in one line
-) -> str:        # the same in fewer words; any other sentence stays as it is
+    error: AssertionError # of `torch.testing.assert_close`
+) -> str:                 # what it says, in one line and in fewer words
     "What is different, and where."
+    message = " ".join(str(error).split())
     message = re.sub(r"The values for attribute 'shape' do not match: torch.Size\((.*?)\) != torch.Size\((.*?)\)", r"Its shape is \1, and \2 is wanted", message)
     return re.sub(r"Tensor-likes are not close! .*?absolute difference: (\S+) at index (\(.*?\)) .*?at index .*? allowed\)",
                   lambda found: f"The largest difference is {float(found[1]):.4g}, at index {found[2]}.", message)
@@ -52,7 +54,7 @@ def exercise(
     def apart(found, wanted, tolerance): # None, or the difference in words
         if isinstance(found, Tensor) and isinstance(wanted, Tensor):
             try: torch.testing.assert_close(torch.atleast_1d(found), torch.atleast_1d(wanted), rtol=tolerance, atol=tolerance, equal_nan=True)
-            except AssertionError as error: return in_short(" ".join(str(error).split()))
+            except AssertionError as error: return in_short(error)
         elif isinstance(found, Tensor) or isinstance(wanted, Tensor) or len(found) != len(wanted): return f"This is {form(found)}, and {form(wanted)} is wanted."
         else: return next((f"In part {i}: {words}" for i, pair in enumerate(zip(found, wanted)) if (words := apart(*pair, tolerance))), None)
 
