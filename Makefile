@@ -46,8 +46,9 @@ lint: install
 nbdev-test: install
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 
+# each cell twice in a row (conftest.py); two notebooks at a time, each with one thread
 nbval: install
-	DDPM_TINY=1 $(BIN)/pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 nbs
+	DDPM_TINY=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 nbs
 
 # two at a time, each with one thread: most of these tests wait for processes, and threads that share two cores slow each other down
 unit: install

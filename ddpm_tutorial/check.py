@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 
 from .checkpoint import load_model, save_checkpoint
-from .config import PRESETS, Config, choose_device, choose_precision, new_model, parse_options, run_command, sampling_steps
-from .data import RAW_FILES, ImageData, batches, default_data_root, load_fashion_mnist, load_sample
+from .config import (PRESETS, Config, choose_device, choose_precision, fit_to_data, new_model, parse_options, run_command,
+                                  sampling_steps, steady_output)
+from .data import RAW_FILES, ImageData, batches, default_data_root, load_data, load_fashion_mnist
 from .training import TrainState, diffusion_loss, new_state, train_steps
 
 # %% ../nbs/16_check.ipynb #9c5ca5fa
@@ -29,10 +30,14 @@ class CheckError(Exception):
 class CheckOptions:
     "Tries each part of the pipeline on this machine, one line each with its time."
     config: Literal[tuple(PRESETS)]="tiny" # preset whose model is tried
+    data: str="sample"            # the images that come with the package, or a path to your own
+    resize: int|None=None         # of your own images: shorter side scaled to this, then cut to a square
     data_root: Path|None=None     # folder that holds FashionMNIST/raw; default DDPM_DATA_ROOT, else data; nothing is downloaded
     device: str="auto"            # auto, cuda, cuda:1, mps or cpu
     precision: Literal["auto", "fp32", "bf16"]="auto"
     debug: bool=False             # show the traceback of an error
+
+    def __post_init__(self): replace(PRESETS[self.config], resize=self.resize) # raises ValueError
 
 # %% ../nbs/16_check.ipynb #1f94ad8a
 @contextmanager
@@ -63,19 +68,22 @@ def check_inputs(
     config: Config,
     device: torch.device,
     root: Path # of Fashion-MNIST, which may be missing
-) -> tuple[TrainState, ImageData]: # an untrained network, and the bundled images
-    "Model creation, data. Raises `CheckError` at the first that fails."
+) -> tuple[Config, TrainState, ImageData]: # fitted to the images; an untrained network; the images to train on
+    "Data, model creation. Raises `CheckError` at the first that fails."
+    with part("data") as say:
+        data, _ = load_data(config.data, root, config.resize)
+        config = fit_to_data(config, tuple(data.images.shape[1:]), data.classes)
+        config = replace(config, train=replace(config.train, batch_size=min(config.train.batch_size, len(data))))
+        x0, _ = next(batches(data, 16, generator=torch.Generator().manual_seed(0), device=device))
+        expect(-1 <= x0.min() <= x0.max() <= 1, f"pixels lie in {x0.min()} ... {x0.max()} instead of -1 ... 1")
+        say(f"{len(data):,} images of {'x'.join(map(str, config.image_shape))} pixels in {len(config.classes)} classes ({config.data})")
+        if config.data == "sample":
+            if all((root/"FashionMNIST"/"raw"/name).exists() for name in RAW_FILES): say(f"{len(load_fashion_mnist(root)):,} in {root}")
+            else: say(f"the full data are not in {root} (the first training downloads them)")
     with part("model creation") as say:
         state = new_state(new_model(config, device), config.train)
         say(f"{sum(p.numel() for p in state.model.parameters()):,} weights on {device}")
-    with part("data") as say:
-        data = load_sample()
-        x0, _ = next(batches(data, 16, generator=torch.Generator().manual_seed(0), device=device))
-        expect(-1 <= x0.min() <= x0.max() <= 1, f"pixels lie in {x0.min()} ... {x0.max()} instead of -1 ... 1")
-        say(f"{len(data):,} bundled images")
-        if all((root/"FashionMNIST"/"raw"/name).exists() for name in RAW_FILES): say(f"{len(load_fashion_mnist(root)):,} in {root}")
-        else: say(f"the full data are not in {root} (the first training downloads them)")
-    return state, data
+    return config, state, data
 
 # %% ../nbs/16_check.ipynb #f588e669
 def check_loss(
@@ -87,13 +95,14 @@ def check_loss(
     scheduler, generator = config.scheduler.build(), torch.Generator().manual_seed(0)
     device = next(state.model.parameters()).device
     x0, labels = next(batches(data, 16, generator=generator, device=device))
+    cond = {"labels": labels} if config.classes else {}
     with part("forward pass") as say, torch.no_grad():
-        output = state.model(x0, torch.zeros(len(x0), device=device), labels)
+        output = state.model(x0, torch.zeros(len(x0), device=device), **cond)
         expect(output.shape == x0.shape, f"{tuple(x0.shape)} became {tuple(output.shape)}")
         say(f"{tuple(output.shape)}")
     with part("loss") as say, torch.no_grad():
-        t, noise = torch.randint(len(scheduler), (16,), generator=generator), torch.randn(x0.shape, generator=generator).to(device)
-        loss = diffusion_loss(state.model, scheduler, x0, t=t, noise=noise, labels=labels).mean().item()
+        t, noise = torch.randint(len(scheduler), (len(x0),), generator=generator), torch.randn(x0.shape, generator=generator).to(device)
+        loss = diffusion_loss(state.model, scheduler, x0, t=t, noise=noise, **cond).mean().item()
         expected = scheduler.target(x0, noise, t).square().mean().item() # an untrained network predicts 0
         expect(abs(loss - expected) < 1e-3*expected, f"the untrained network has a loss of {loss}, zeros have {expected}")
         say(f"{loss:.3f} before training")
@@ -130,7 +139,8 @@ def check_outputs(
         expect(all(torch.equal(a, b) for a, b in zip(loaded.parameters(), state.ema.parameters())), "the loaded weights are not the saved ones")
         say(f"{(Path(folder)/'check.pth').stat().st_size/1e6:.1f} MB, saved and loaded")
     with part("sampling") as say:
-        for step in sampling_steps(loaded, config, torch.arange(10), generator=torch.Generator().manual_seed(0), precision=precision): pass
+        labels = torch.arange(10) % max(len(config.classes), 1)
+        for step in sampling_steps(loaded, config, labels, generator=torch.Generator().manual_seed(0), precision=precision): pass
         expect(bool(step.x.isfinite().all()), "samples are not finite")
         say(f"{tuple(step.x.shape)} in {config.num_inference_steps} steps")
 
@@ -141,9 +151,9 @@ def check(
     "All parts, from the bottom up, with the model of a preset. Raises `CheckError` at the first that fails."
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    config = replace(PRESETS[options.config], num_inference_steps=4)
+    config = replace(PRESETS[options.config], num_inference_steps=4, data=options.data, resize=options.resize)
     config = replace(config, train=replace(config.train, batch_size=16, max_steps=2))
-    state, data = check_inputs(config, device, options.data_root or default_data_root())
+    config, state, data = check_inputs(config, device, options.data_root or default_data_root())
     check_loss(state, data, config)
     check_training(state, data, config, precision)
     check_outputs(state, config, precision)
@@ -151,7 +161,7 @@ def check(
 # %% ../nbs/16_check.ipynb #603971ee
 def ddpm_check():
     "`ddpm_check`, the same as `python -m ddpm_tutorial.check`."
-    run_command(check, parse_options(CheckOptions))
+    with steady_output(): run_command(check, parse_options(CheckOptions))
 
 # %% ../nbs/16_check.ipynb #8a93381c
 #| eval: false

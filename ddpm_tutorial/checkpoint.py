@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEEP', 'PRETRAINED', 'sync_folder', 'write_atomic', 'CheckpointError', 'DamagedCheckpoint', 'tensors_in',
-           'save_checkpoint', 'load_checkpoint', 'give_name', 'save_run', 'load_latest', 'check_folder', 'make_folder',
-           'sweep', 'lock_folder', 'save_weights', 'load_weights', 'load_model', 'load_pretrained', 'restore']
+           'save_checkpoint', 'found_in', 'load_checkpoint', 'give_name', 'save_run', 'load_latest', 'check_folder',
+           'make_folder', 'sweep', 'lock_folder', 'save_weights', 'holds_weights', 'load_weights', 'load_model',
+           'load_pretrained', 'restore']
 
 # %% ../nbs/11_checkpoint.ipynb #36685642
 import io, json, os, shutil, tempfile, warnings, zipfile
@@ -83,10 +84,18 @@ def save_checkpoint(
     write_atomic(path, lambda file: file.write(content.getbuffer()))
 
 # %% ../nbs/11_checkpoint.ipynb #591f1a2f
+def found_in(
+    folder: Path # of a run, or of its checkpoints
+) -> list[Path]: # the best one first
+    "Checkpoints that somebody who names the folder may mean."
+    names = ("best_model.pth", "latest.pth", "*.pth", "*.safetensors")
+    return [file for place in (folder/"checkpoints", folder) for name in names for file in sorted(place.glob(name))]
+
 def load_checkpoint(
     path: Path
 ) -> dict: # as saved, with `config` as a `Config`
     "Checks before it believes. Raises `CheckpointError` for a file that is missing or from another version, or whose configuration cannot be read, `DamagedCheckpoint` for any other that is not whole."
+    if path.is_dir(): raise CheckpointError(f"{path} is a folder; name a checkpoint in it{next((f', e.g. {file}' for file in found_in(path)), '')}")
     if not path.is_file(): raise CheckpointError(f"{path} is not there; a run leaves its checkpoints in OUTPUT_DIR/checkpoints")
     try:
         with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
@@ -95,7 +104,8 @@ def load_checkpoint(
     except Exception as error: # zipfile has many for a damaged archive, some of them undocumented
         raise DamagedCheckpoint(f"{path} is damaged or no checkpoint ({error})") from error
     if damaged: raise DamagedCheckpoint(f"{path} is damaged: the checksum of {damaged} inside is wrong")
-    try: values = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with open(path, "rb") as file: values = torch.load(file, map_location="cpu", weights_only=True) # not the path: torch would go by its ending
     except MemoryError: raise
     except Exception as error: raise DamagedCheckpoint(f"{path} is no checkpoint of this package; nothing in it was run") from error
     if not isinstance(values, dict) or not isinstance(values.get("format"), int): raise DamagedCheckpoint(f"{path} is no checkpoint of this package")
@@ -207,6 +217,11 @@ def save_weights(
     half = {name: weight.half().contiguous() for name, weight in weights.items()}
     write_atomic(path, lambda file: file.write(save(half, {"config": json.dumps(asdict(config))})))
 
+def holds_weights(path: Path) -> bool:
+    "Whether it is a file of `save_weights`, whatever its name: eight bytes, and then the head as JSON."
+    if not path.is_file(): return False
+    with open(path, "rb") as file: return file.read(9)[8:] == b"{"
+
 def load_weights(
     path: Path # from `save_weights`
 ) -> dict:     # as `load_checkpoint`, but with "config" and "ema" alone
@@ -226,7 +241,7 @@ def load_model(
     device: torch.device|str="cpu"
 ) -> tuple[UNet, Config]:
     "A trained model, ready to sample from, and its configuration. Raises `CheckpointError`."
-    checkpoint = load_weights(path) if path.suffix == ".safetensors" else load_checkpoint(path)
+    checkpoint = load_weights(path) if holds_weights(path) else load_checkpoint(path)
     if not use_ema and "model" not in checkpoint: raise CheckpointError(f"{path} has the averaged weights only")
     model = new_model(checkpoint["config"], device)
     try: model.load_state_dict(checkpoint["ema" if use_ema else "model"])

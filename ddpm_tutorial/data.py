@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'RAW_FILES', 'DataError', 'ImageData', 'load_sample', 'show_images', 'to_float', 'to_uint8', 'batches',
-           'image_grid', 'to_pil', 'check_raw_files', 'default_data_root', 'download_fashion_mnist',
-           'load_fashion_mnist', 'load_images', 'hold_out', 'load_data', 'without_labels', 'full_or_tiny']
+           'image_grid', 'to_pil', 'load_images', 'hold_out', 'without_labels', 'full_or_tiny', 'check_raw_files',
+           'default_data_root', 'download_fashion_mnist', 'load_fashion_mnist', 'load_data', 'fingerprint']
 
 # %% ../nbs/01_data.ipynb #01-003
-import hashlib, os, tempfile
+import hashlib, os, tempfile, warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -128,6 +129,192 @@ def to_pil(
     array = picture.permute(1, 2, 0).numpy()
     return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
+# %% ../nbs/01_data.ipynb #2bf9eb61
+def _look_into(folder: Path) -> tuple[list[Path], list[Path], list[str]]: # images, other files, sub-folders
+    from PIL import Image
+    endings = {ending for ending, kind in Image.registered_extensions().items()
+               if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")} # it knows films too
+    junk = ("__macosx", "thumbs.db", "desktop.ini")
+    meant = lambda names: sorted(name for name in names if name[0] != "." and name.lower() not in junk)
+    def stop(error): raise error                # a folder that may not be read is no empty folder
+    images, others, top = [], [], None
+    for place, folders, inside in os.walk(folder, onerror=stop, followlinks=True): # the folder itself first
+        folders[:] = meant(folders)
+        if top is None: top = list(folders)
+        for file in (Path(place, name) for name in meant(inside)):
+            if not file.exists(): raise DataError(f"{file} is a link that leads nowhere; mend or remove it")
+            if file.suffix.lower() not in endings or not file.is_file(): others.append(file)
+            elif images and images[0].parent == folder != file.parent:
+                raise DataError(f"{images[0]} lies beside folders with images ({file}); give it its own")
+            elif folder not in (file.parent, file.parents[1]):
+                raise DataError(f"{file} lies too deep: images must lie in {folder}, or in its folders")
+            else: images.append(file)
+    return images, others, top or []
+
+# %% ../nbs/01_data.ipynb #01-own-find
+def _find_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]: # files, labels, class names
+    images, others, names = _look_into(folder)
+    loose = bool(images) and images[0].parent == folder
+    unused = [file for file in others if not loose or file.parent == folder]
+    kinds = Counter(file.suffix.lower() or "without an ending" for file in unused)
+    if loose or not images: kinds.update(f"folder {name}" for name in names)
+    left_out = ", ".join([f"{n} {kind}" for kind, n in kinds.most_common(6)] + ["..."]*(len(kinds) > 6))
+    if not images: raise DataError(f"{folder} holds no images, only {left_out or 'nothing'}")
+    if all(name.isdecimal() for name in names): names.sort(key=int)             # 2 comes before 10
+    classes = () if loose else tuple(names)
+    empty = sorted(set(classes) - {file.parent.name for file in images})
+    if empty:
+        raise DataError(f"{folder/empty[0]} holds no images, but folders beside it do; fill it or remove it")
+    if left_out: warnings.warn(f"{folder}: left out {left_out}")
+    label = {name: i for i, name in enumerate(classes)}
+    return images, [label.get(file.parent.name, 0) for file in images], classes
+
+# %% ../nbs/01_data.ipynb #01-own-open
+def _open(file: Path): # a Pillow image, the right way up
+    from PIL import Image, ImageOps
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1) # MPO: a phone's photo
+                image = ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{file} is too large: {str(error).split(',')[0]}; make it smaller first") from error
+    except Exception as error: # a damaged file can raise nearly anything
+        raise DataError(f"{file} cannot be read as an image ({error}); remove it") from error
+    if frames > 1: raise DataError(f"{file} holds {frames} images (animation or pages); save one by itself")
+    return image
+
+# %% ../nbs/01_data.ipynb #01-own-fit
+def _fit(image, n: int): # a Pillow image -> n x n: the middle square, scaled
+    from PIL import Image
+    if n < 8: raise DataError(f"images cannot be resized to {n} pixels; the smallest size is 8")
+    side = min(image.size)
+    left, top = (image.width - side)//2, (image.height - side)//2
+    return image.resize((n, n), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+# %% ../nbs/01_data.ipynb #01-own-pixels
+def _pixels(file: Path, resize: int|None) -> np.ndarray: # (H, W), (H, W, 3); (H, W, 1): a palette of greys
+    image = _open(file)
+    mode = image.mode
+    if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"): # 16 bits, inks: something would be lost
+        raise DataError(f"{file} has pixels of Pillow's kind {mode!r}; save it as 8-bit grey or colour")
+    if mode in ("LA", "P", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            raise DataError(f"{file} is transparent in places; put it on a background of your choice")
+    image = image.convert("L" if mode in ("1", "L", "LA") else "RGB")
+    pixels = np.asarray(image if resize is None else _fit(image, resize))
+    return pixels[..., :1] if mode[0] == "P" and not np.ptp(pixels, axis=2).any() else pixels
+
+# %% ../nbs/01_data.ipynb #01-own-arrays
+def _from_arrays(images, labels, classes) -> ImageData: # (n, H, W) or (n, H, W, C), (n,), names or None
+    if images.dtype != np.uint8: raise DataError(f"images are {images.dtype}; they must be uint8, 0 ... 255")
+    if images.ndim == 3: images = images[..., None]   # grey: (n, H, W) -> (n, H, W, 1)
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        cure = "; save images.transpose(0, 2, 3, 1)" if images.ndim == 4 and images.shape[1] in (1, 3) else ""
+        raise DataError(f"images are {images.shape}, not (n, H, W) or (n, H, W, C) with C 1 or 3{cure}")
+    if labels.shape != (len(images),):
+        one_hot = labels.ndim == 2 and labels.shape[1] > 1
+        cure = "; if they are one-hot, save labels.argmax(1)" if one_hot else ""
+        raise DataError(f"{len(images)} images need as many labels in one row, not {labels.shape}{cure}")
+    if labels.dtype.kind not in "iu": raise DataError(f"labels are {labels.dtype}; they must be integers")
+    if classes is None:
+        highest = int(labels.max(initial=0))
+        if highest >= max(len(images), 1000):
+            raise DataError(f"labels go up to {highest:,}; number the classes 0, 1, 2 and so on")
+        classes = [f"class {i}" for i in range(highest + 1)]
+    if np.ndim(classes) != 1: raise DataError("classes must be names in one row, one for each label")
+    text = [str(x, errors="backslashreplace") if isinstance(x, bytes) else str(x) for x in classes]
+    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return ImageData(images, torch.from_numpy(labels.astype(np.int64)), tuple(text))
+
+# %% ../nbs/01_data.ipynb #01-own-folder
+def _load_folder(folder: Path, resize: int | None) -> ImageData:
+    files, labels, classes = _find_images(folder)
+    arrays, first = [], {}                  # the first file of each number of channels
+    for file in files:
+        pixels = _pixels(file, resize)
+        (h, w), (height, width) = pixels.shape[:2], (arrays or [pixels])[0].shape[:2]
+        if (h, w) != (height, width):
+            raise DataError(f"{file} has {w}x{h} pixels, {files[0]} has {width}x{height}; "
+                            "bring all to one size, or let --resize N do it (resize=N in Python)")
+        first.setdefault(pixels.shape[2:], file)
+        arrays.append(pixels.reshape(height, width, -1))
+    if {(), (3,)} <= first.keys():
+        raise DataError(f"{first[()]} is grey, {first[3,]} has colours; save all in grey, or all in colour")
+    channels = 3 if (3,) in first else 1
+    images = np.stack([np.broadcast_to(array, (height, width, channels)) for array in arrays])
+    return _from_arrays(images, np.array(labels), classes)
+
+# %% ../nbs/01_data.ipynb #01-own-npz
+def _load_npz(file: Path) -> ImageData:
+    try:
+        with np.load(file) as arrays: found = {name: arrays[name] for name in arrays.files}
+    except Exception as error: # numpy, zipfile and zlib have each their own for a damaged file
+        raise DataError(f"{file} cannot be read as .npz ({error})") from error
+    held = f"{file} holds {', '.join(found) or 'nothing'}"
+    images, labels, classes = (next((found.pop(name) for name in names if name in found), None)
+                               for names in (("images", "arr_0"), ("labels", "arr_1"), ("classes",)))
+    if images is None: raise DataError(f"{held}; it needs `images`, uint8 (n, H, W) or (n, H, W, C)")
+    like_labels = [name for name, array in found.items() if array.shape[:1] == images.shape[:1] != ()]
+    if labels is None and (like_labels or classes is not None):
+        raise DataError(f"{held}, but no `labels`; give them this name, or save the images without the rest")
+    if found: warnings.warn(f"{file}: left out {', '.join(found)}")
+    if labels is None: labels, classes = np.zeros(images.shape[:1], int), ()
+    try: return _from_arrays(images, labels, classes)
+    except DataError as error: raise DataError(f"{file}: {error}") from error
+
+# %% ../nbs/01_data.ipynb #01-own-load
+def _resized(data: ImageData, n: int | None) -> ImageData:
+    if n is None: return data
+    images = np.stack([np.asarray(_fit(to_pil(image), n)) for image in data.images])
+    return _from_arrays(images, data.labels.numpy(), data.classes)
+
+def load_images(
+    path: str | Path,     # a folder (its sub-folders are classes), or an .npz of `images` and maybe `labels`
+    resize: int|None=None # scale the middle square of each image to this many pixels
+) -> ImageData:           # any size from 8 pixels, grey or colour
+    "Your own images. Raises `DataError`, which names the file; warns, in one line, of what it left out."
+    path = Path(os.path.expanduser(path))
+    try:
+        if path.is_dir(): return _load_folder(path, resize)
+        if path.suffix.lower() == ".npz" and path.is_file(): return _resized(_load_npz(path), resize)
+    except OSError as error: raise DataError(f"{path} cannot be read ({error})") from error
+    raise DataError(f"{path} is neither a folder nor an .npz file")
+
+# %% ../nbs/01_data.ipynb #01-088
+def hold_out(
+    data: ImageData, # all images
+    n: int           # how many are kept for validation
+) -> tuple[ImageData, ImageData]: # the rest, and the n held out; the same ones every time
+    "Splits off the first n of one fixed shuffled order, but no class's last image. Raises `DataError`."
+    labels, stay = data.labels.tolist(), data.labels.bincount(minlength=len(data.classes)).tolist()
+    if 0 in stay:
+        cure = f"; labels from 1 to {max(labels)} must start at 0: subtract 1" if min(labels) == 1 else ""
+        raise DataError(f"no image has the label {stay.index(0)} ({data.classes[stay.index(0)]}){cure}")
+    if not 0 < n <= len(data) - len(stay):
+        raise DataError(f"cannot hold out {n} of {len(data)} images; each class needs one to learn from")
+    held, rest = [], []
+    for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist():
+        take = len(held) < n and stay[labels[i]] > 1
+        (held if take else rest).append(i)
+        stay[labels[i]] -= take
+    return data[torch.tensor(rest)], data[torch.tensor(held)]
+
+# %% ../nbs/01_data.ipynb #e09bb7c0
+def without_labels(data: ImageData) -> ImageData:
+    "The same images, with no classes: for a model that is not told what it draws."
+    return ImageData(data.images, torch.zeros_like(data.labels), ())
+
+# %% ../nbs/01_data.ipynb #01-092
+def full_or_tiny(
+    full, # value for a reader
+    tiny  # value for a quick test
+): # `tiny` with `DDPM_TINY=1` or under `nbdev_test`, else `full`
+    "One switch for every lesson: the same cells run in seconds as a test and at full length for a reader."
+    return tiny if os.environ.get("DDPM_TINY") == "1" or os.environ.get("IN_TEST") else full
+
 # %% ../nbs/01_data.ipynb #01-069
 # size in bytes and md5 of the decompressed files
 RAW_FILES = {
@@ -153,7 +340,7 @@ def check_raw_files(
 # %% ../nbs/01_data.ipynb #c7a19788
 def default_data_root() -> Path: # `DDPM_DATA_ROOT`, or `data` in the working folder
     "Where Fashion-MNIST is looked for, and put after a download."
-    return Path(os.environ.get("DDPM_DATA_ROOT") or "data")
+    return Path(os.path.expanduser(os.environ.get("DDPM_DATA_ROOT") or "data"))
 
 def download_fashion_mnist(
     root: Path # data root; the files end up in `root/FashionMNIST/raw`
@@ -178,102 +365,36 @@ def load_fashion_mnist(
     root: str | Path | None=None, # folder that holds `FashionMNIST/raw`; default: `default_data_root()`
     split: str="train"            # "train" (60,000 images) or "test" (10,000)
 ) -> ImageData:                   # images uint8 (n, 1, 28, 28), labels int64 (n,)
-    "The whole of [Fashion-MNIST](https://arxiv.org/abs/1708.07747), downloaded if need be and checked. Raises `DataError`."
+    "All of [Fashion-MNIST](https://arxiv.org/abs/1708.07747), downloaded if missing. Raises `DataError`."
     from torchvision.datasets import FashionMNIST
     if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    root = Path(root) if root is not None else default_data_root()
+    root = Path(os.path.expanduser(root)) if root is not None else default_data_root()
     raw = root/"FashionMNIST"/"raw"
     if not all((raw/name).exists() for name in RAW_FILES): download_fashion_mnist(root)
     check_raw_files(raw)
     dataset = FashionMNIST(root, train=split == "train")
     return ImageData(dataset.data[:, None], dataset.targets, CLASSES)
 
-# %% ../nbs/01_data.ipynb #2bf9eb61
-def _as_image_data(images, labels, classes) -> ImageData:
-    if images.ndim == 3: images = images[..., None]   # grey: (n, H, W) -> (n, H, W, 1)
-    if images.ndim != 4: raise DataError(f"images are {images.shape}; they must be (n, H, W) or (n, H, W, C)")
-    images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return ImageData(images, torch.from_numpy(labels.astype(np.int64)), classes)
-
-def _pixels(image, file: Path) -> np.ndarray: # uint8 (H, W) or (H, W, 3)
-    if image.mode == "P" and "transparency" not in image.info or image.mode == "1":
-        image = image.convert({"P": "RGB", "1": "L"}[image.mode])  # only another way to write the same colours
-    if image.mode not in ("L", "RGB"):                             # 16 bits, an alpha channel: something would be lost
-        raise DataError(f"{file} has pixels of Pillow's kind {image.mode!r}; save it as 8-bit grey ('L') or colour ('RGB')")
-    return np.asarray(image)
-
-def _load_folder(folder: Path) -> ImageData:
-    from PIL import Image
-    endings = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
-    classes = tuple(sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")))
-    found = [(file, label) for label, name in enumerate(classes or (".",))
-             for file in sorted((folder/name).iterdir()) if file.suffix.lower() in endings]
-    if not found: raise DataError(f"{folder} holds no images ({', '.join(sorted(endings))}), nor folders of them")
-    arrays, first = [], None
-    for file, _ in found:
-        try:
-            with Image.open(file) as image: array = _pixels(image, file)
-        except (OSError, SyntaxError, ValueError) as error: # Pillow says SyntaxError to some broken files
-            raise DataError(f"{file} cannot be read as an image ({error}); remove it") from error
-        first = first if first is not None else array.shape
-        if array.shape != first:
-            raise DataError(f"{file} is {array.shape}, {found[0][0]} is {first}; bring all to one size and one number of channels")
-        arrays.append(array)
-    return _as_image_data(np.stack(arrays), np.array([label for _, label in found]), classes)
-
-def _load_npz(file: Path) -> ImageData:
-    try:
-        with np.load(file) as arrays: found = {name: arrays[name] for name in arrays.files}
-    except Exception as error: # numpy, zipfile and zlib have each their own for a damaged file
-        raise DataError(f"{file} cannot be read as .npz ({error})") from error
-    images = found.get("images", found.get("arr_0"))
-    labels = found.get("labels", found.get("arr_1"))
-    if images is None: raise DataError(f"{file} holds {sorted(found)}; it needs `images` (or `arr_0`), uint8 (n, H, W) or (n, H, W, C)")
-    if images.dtype != np.uint8: raise DataError(f"images in {file} are {images.dtype}; they must be uint8, 0 ... 255")
-    if labels is not None and not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"labels in {file} are {labels.dtype}; they must be integers")
-    if labels is None: return _as_image_data(images, np.zeros(len(images)), ())
-    names = found.get("classes", [f"class {i}" for i in range(int(labels.max()) + 1 if labels.size else 0)])
-    return _as_image_data(images, labels, tuple(str(name) for name in names))
-
-def load_images(
-    path: str | Path # a folder of images (its sub-folders are the classes), or an .npz with `images` and perhaps `labels`
-) -> ImageData:      # any size from 8 pixels, grey or colour
-    "Your own images. All must have one size and one number of channels. Raises `DataError`."
-    path = Path(path)
-    if path.is_dir(): return _load_folder(path)
-    if path.suffix == ".npz" and path.exists(): return _load_npz(path)
-    raise DataError(f"{path} is neither a folder nor an .npz file")
-
-# %% ../nbs/01_data.ipynb #01-088
-def hold_out(
-    data: ImageData, # all images
-    n: int           # how many are kept for validation
-) -> tuple[ImageData, ImageData]: # the rest, and the n held out; the same ones every time
-    "Splits off n images for validation: the first n of one shuffled order that never changes."
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    if not 0 < n < len(data): raise DataError(f"cannot hold out {n} of {len(data)} images")
-    return data[order[n:]], data[order[:n]]
-
+# %% ../nbs/01_data.ipynb #01-load-data
 def load_data(
-    name: str="fashion_mnist",    # "fashion_mnist", "sample" (comes with the package), or a path for `load_images`
-    root: str | Path | None=None  # data root of Fashion-MNIST
+    name: str="fashion_mnist",    # "fashion_mnist", "sample" (in the package), or a path for `load_images`
+    root: str|Path|None=None,     # data root of Fashion-MNIST
+    resize: int|None=None         # as in `load_images`, for every data set
 ) -> tuple[ImageData, ImageData]: # training and validation images
-    "What a run trains on and what it is validated on: 2,000 images of the test split, or a tenth of your own."
-    if name == "fashion_mnist": return load_fashion_mnist(root, "train"), load_fashion_mnist(root, "test")[:2000]
-    if name == "sample": return load_sample("train"), load_sample("test")
-    data = load_images(name)
-    return hold_out(data, min(2000, max(1, len(data)//10)))
+    "What a run trains on, and what it is validated on: 2,000 test images, or a tenth of your own."
+    if name not in ("fashion_mnist", "sample"):
+        data = load_images(name, resize)
+        try: return hold_out(data, min(2000, max(1, len(data)//10)))
+        except DataError as error: raise DataError(f"{name}: {error}") from error
+    if name == "sample": train, test = load_sample("train"), load_sample("test")
+    else: train, test = load_fashion_mnist(root, "train"), load_fashion_mnist(root, "test")[:2000]
+    return _resized(train, resize), _resized(test, resize)
 
-# %% ../nbs/01_data.ipynb #e09bb7c0
-def without_labels(data: ImageData) -> ImageData:
-    "The same images, with no classes: for a model that is not told what it draws."
-    return ImageData(data.images, torch.zeros_like(data.labels), ())
-
-# %% ../nbs/01_data.ipynb #01-092
-def full_or_tiny(
-    full, # value for a reader
-    tiny  # value for a quick test
-): # `tiny` with `DDPM_TINY=1` or under `nbdev_test`, else `full`
-    "One switch for every lesson: the same cells run in seconds as a test and at full length for a reader."
-    return tiny if os.environ.get("DDPM_TINY") == "1" or os.environ.get("IN_TEST") else full
+# %% ../nbs/01_data.ipynb #01-fingerprint
+def fingerprint(
+    data: ImageData
+) -> str: # 16 hexadecimal digits
+    "The same for the same images, labels and names, wherever they lie; another if a single pixel differs."
+    digest = hashlib.sha256(repr((tuple(data.images.shape), list(map(str, data.classes)))).encode())
+    for part in (data.images, data.labels): digest.update(part.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]

@@ -74,13 +74,17 @@ def dpm_solver_steps(
     num_inference_steps: int|None=None, # 1 ... T; default T
     clip_sample: bool=True,             # keep the imagined x0 in [-1, 1]
     noise: Tensor|None=None,            # to start from, as shape; by default it is drawn
+    spacing: str="time",                # of the times: even in "time", or in "log_snr"
     device: str|torch.device="cpu",
     **cond                              # handed to the model, each with one row for each sample
 ) -> Iterator[Step]:
-    "DPM-Solver++(2M): second order with one call of the model a step ([2211.01095](https://arxiv.org/abs/2211.01095), algorithm 2)."
+    """DPM-Solver++(2M): second order with one call of the model a step ([2211.01095](https://arxiv.org/abs/2211.01095), algorithm 2).
+
+    Raises `ValueError` for an unknown spacing, and for "log_snr" with zero terminal SNR."""
     cond, draw = conditions_for(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
     x, before = first_noise(noise, shape, draw).to(device), None
-    for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero=True): # a long second-order stride to time 0 would shoot past everything
+    skip_zero = spacing == "time"                                            # there, the second-order stride to time 0 would be too long
+    for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero=skip_zero, spacing=spacing):
         x0 = imagine(model, scheduler, x, t, clip_sample, cond)
         a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
         lam, lam_prev = (a/(1 - a)).log()/2, (a_prev/(1 - a_prev)).log()/2   # half the log of the signal-to-noise ratio

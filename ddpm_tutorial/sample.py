@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import PRETRAINED, load_model, make_folder, write_atomic
-from .config import (Config, ConfigError, choose_device, choose_precision, config_from_dict, differences, memory_advice,
-                                  parse_options, run_command, sampling_steps)
+from .config import (MAY_DIFFER, Config, ConfigError, choose_device, choose_precision, config_from_dict, differences,
+                                  memory_advice, parse_options, run_command, sampling_steps, steady_output)
 from .data import image_grid, to_pil, to_uint8
 from .fast_sampling import METHODS
 from .parallel import StopOnSignal
@@ -36,7 +36,7 @@ class DrawOptions:
     guidance_scale: float|None=None         # 0 unconditional, 1 conditional, above exaggerated; default as in training
     num_inference_steps: int|None=None      # fewer are faster; default as in training, or another method's own
     method: Literal[tuple(METHODS)]|None=None # default as in training
-    clip_sample: bool|None=None             # keep the images that the sampler imagines in [-1, 1]; default as in training
+    clip_sample: bool|None=None             # keep the images that the sampler imagines in [-1, 1] (--no-clip_sample: don't); default as in training
     use_ema: bool=True                      # averaged weights, else those of the last step
     seed: int=0
     batch_size: int=250                     # samples that are drawn together
@@ -65,7 +65,7 @@ class SampleOptions(DrawOptions):
         for name, least in (("num_samples", 1), ("class_label", 0)):
             if getattr(self, name) is not None and getattr(self, name) < least: raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         allowed = (".png", ".gif") if self.mode == "progressive" else (".png", ".npz")
-        if self.output and self.output.suffix not in allowed:
+        if self.output and self.output.suffix.lower() not in allowed:
             raise ValueError(f"output of mode {self.mode} must end in {' or '.join(allowed)}, not {self.output.name!r}")
         if self.mode == "class_grid" and self.class_label is not None:
             raise ValueError("class_grid shows all classes: leave class_label out, or take mode grid")
@@ -131,7 +131,7 @@ def write_samples(
 ):
     "A picture, or the arrays that public evaluation scripts read: `arr_0` uint8 (n, H, W, C) and `arr_1` labels."
     def write(file):
-        if output.suffix == ".npz": np.savez(file, arr_0=to_uint8(samples).permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+        if output.suffix.lower() == ".npz": np.savez(file, arr_0=to_uint8(samples).permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
         else: to_pil(image_grid(samples, columns, scale=2)).save(file, "png")
     write_atomic(output, write) # the whole file or none, also after Ctrl-C
 
@@ -141,7 +141,7 @@ def write_progress(
 ):
     "A strip for each sample, or all of them moving."
     def write(file):
-        if output.suffix == ".gif": save_gif(file, torch.stack([image_grid(frame, math.ceil(frame.shape[0]**0.5), scale=2) for frame in frames]))
+        if output.suffix.lower() == ".gif": save_gif(file, torch.stack([image_grid(frame, math.ceil(frame.shape[0]**0.5), scale=2) for frame in frames]))
         else: to_pil(image_grid(frames.transpose(0, 1).flatten(0, 1), len(frames), scale=2)).save(file, "png")
     write_atomic(output, write)
 
@@ -153,7 +153,7 @@ def check_config(
     "Raises `ConfigError` that lists the fields in which the file and the checkpoint differ; a run may have been made longer since."
     try: given = config_from_dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error: raise ConfigError(f"config {path} cannot be read ({error})") from error
-    differing = [name for name in differences(given, config) if name not in ("train.epochs", "train.max_steps")]
+    differing = [name for name in differences(given, config) if name not in MAY_DIFFER]
     if differing: raise ConfigError(f"{path} belongs to another run than the checkpoint: {', '.join(differing)} differ{'s'*(len(differing) == 1)}")
 
 def model_to_draw(
@@ -209,7 +209,7 @@ def sample_to_file(
         how = dict(generator=random_generator(options.seed, 4), batch_size=options.batch_size,
                    precision=choose_precision(options.precision, device))
         with memory_advice(device, min(options.batch_size, len(labels))):
-            if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix == ".gif" else 10, **how))
+            if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix.lower() == ".gif" else 10, **how))
             else:
                 columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
                 write_samples(output, draw_samples(model, config, labels, **how), labels, columns)
@@ -220,7 +220,7 @@ def sample_to_file(
 # %% ../nbs/14_sample.ipynb #c92cf03b
 def ddpm_sample():
     "`ddpm_sample`, the same as `python -m ddpm_tutorial.sample`."
-    run_command(sample_to_file, parse_options(SampleOptions))
+    with steady_output(): run_command(sample_to_file, parse_options(SampleOptions))
 
 # %% ../nbs/14_sample.ipynb #e0eccd2c
 #| eval: false

@@ -157,6 +157,7 @@ class Progress:
     "What a run has to remember besides its state: plain values, saved in every checkpoint."
     precision: str                # "fp32" or "bf16"
     num_images: int               # in the training data
+    fingerprint: str|None=None    # of the training data; None in a run that was begun before 0.7
     best_loss: float|None=None    # lowest validation loss so far
     validated: int=0              # step after which it was validated last
     seconds: float=0.             # of training
@@ -249,12 +250,12 @@ def try_report(folder: Path):
 PROJECT = "diffusion-fashionmnist"
 
 def start_wandb(
-    folder: Path, # of the run; W&B keeps its files in its `wandb` folder
+    folder: Path, # of the run; W&B keeps its files in its `wandb` folder, or in the one of `WANDB_DIR`
     config: dict,
     timeout: int=6 # seconds to wait for the server
 ):                # a W&B run; None if there can be none
-    """Online with a key, offline without (`WANDB_MODE` overrules; so do W&B's other variables, `WANDB_ENTITY` for example). A run that is taken up again keeps its
-    id. Whatever goes wrong is one warning, never the end of the run."""
+    """Online with a key, offline without. W&B's own variables overrule what is set here: `WANDB_MODE`, `WANDB_PROJECT`, `WANDB_NAME`,
+    `WANDB_DIR`, `WANDB_RUN_ID`, and all others. A run that is taken up again keeps its id. Whatever goes wrong is one warning, never the end of the run."""
     try:
         import wandb
         wandb.setup(wandb.Settings(silent=True)) # no lines of its own between ours
@@ -263,14 +264,16 @@ def start_wandb(
         if not id_file.exists(): write_atomic(id_file, lambda file: file.write(secrets.token_hex(4).encode()))
         # not verified: that would ask the server, without our timeout
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-        start = dict(project=PROJECT, name=folder.name, dir=folder, config=config, id=id_file.read_text(),
+        place = Path(os.environ.get("WANDB_DIR") or folder).expanduser()
+        start = dict(project=os.environ.get("WANDB_PROJECT") or PROJECT, name=os.environ.get("WANDB_NAME") or folder.name, dir=place, config=config,
+                     id=os.environ.get("WANDB_RUN_ID") or id_file.read_text(),
                      settings=wandb.Settings(init_timeout=timeout, finish_timeout=30, silent=True))
         try: return wandb.init(mode=mode, resume="allow" if mode == "online" else None, **start) # offline it would number the steps anew
         except wandb.errors.CommError as error:
             let_go_of_wandb() # else the id counts as in use
             wandb.setup(wandb.Settings(silent=True))
             reason = str(error).partition("\n")[0]
-            warnings.warn(f"W&B cannot be reached ({reason}); tracking offline, `wandb sync {folder}/wandb/offline-*` sends it later")
+            warnings.warn(f"W&B cannot be reached ({reason}); tracking offline, `wandb sync {place}/wandb/offline-*` sends it later")
             return wandb.init(mode="offline", **start)
     except ImportError as error: warnings.warn(f"no W&B for this run ({error}); metrics.jsonl has it all")
     except (Exception, SystemExit) as error:

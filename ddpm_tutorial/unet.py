@@ -70,9 +70,9 @@ class Upsample(nn.Conv2d):
 @dataclass(frozen=True)
 class UNetConfig:
     "Everything that decides the shape of a `UNet`. Raises `ValueError` for what cannot be built."
-    image_size: int=28                               # height and width of the images, at least 8
-    in_channels: int=1                               # of the images: 1 grey, 3 colour
-    num_classes: int=10                              # 0: a model without labels
+    image_size: int=28                               # longer side of the images, at least 8; a run reads it off its images
+    in_channels: int=1                               # of the images: 1 grey, 3 colour; a run reads it off its images
+    num_classes: int=10                              # 0: a model without labels; else a run reads it off its images
     base_channels: int=32                            # width of the first level
     channel_multipliers: tuple[int, ...]=(1, 2, 4)   # width of each level / base_channels
     patch_size: int=1                                # pixels become patches of this size first: 2 makes all about 3.5 times cheaper

@@ -23,7 +23,7 @@ COMMANDS = {"ddpm_train": (train, "train", train.TrainOptions), "ddpm_sample": (
             "ddpm_evaluate": (evaluation, "evaluate", evaluation.EvaluateOptions),
             "ddpm_check": (check, "check", check.CheckOptions)}
 WORK = {train: ("load_data", "load_checkpoint", "load_latest", "check_folder", "make_folder", "lock_folder", "write_atomic", "save_run", "start_wandb"),
-        sample: ("load_model", "make_folder", "write_atomic"), evaluation: ("load_fashion_mnist", "look_at", "make_folder", "write_atomic"), check: ("load_sample", "load_fashion_mnist", "save_checkpoint", "load_model")}
+        sample: ("load_model", "make_folder", "write_atomic"), evaluation: ("load_fashion_mnist", "look_at", "make_folder", "write_atomic"), check: ("load_data", "load_fashion_mnist", "save_checkpoint", "load_model")}
 quiet = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 def leaves(cls, hidden=("image_shape", "classes")):
@@ -51,7 +51,7 @@ share, anything, seed = lambda v: 0 <= v < 1, lambda v: True, lambda v: 0 <= v <
 one_of = lambda *names: lambda v: v in names
 ALLOWED = {
     "ddpm_train": dict(
-        config=one_of(*PRESETS), precision=one_of("auto", "fp32", "bf16"), output_dir=anything, data_root=anything, device=anything, data=anything, resume_from=anything,
+        config=one_of(*PRESETS), precision=one_of("auto", "fp32", "bf16"), output_dir=anything, data_root=anything, device=anything, data=anything, resume_from=anything, resize=lambda v: v is None or 8 <= v <= 4096,
         save_every=at_least(1), sample_every=at_least(1), log_every=at_least(1), epochs=at_least(1), max_steps=at_least(1), batch_size=at_least(1),
         warmup_steps=at_least(0), seed=seed, lr=above(0), grad_clip=above(0), weight_decay=lambda v: 0 <= v < math.inf, label_dropout=share, ema_decay=share,
         guidance_scale=lambda v: 0 <= v < math.inf, num_inference_steps=lambda v: v is None or 1 <= v <= 500,
@@ -65,7 +65,7 @@ ALLOWED = {
         attention_resolutions=lambda v: set(v) <= set(SMALL_LEVELS), attention=one_of("self", "linear"),
         head_dim=lambda v: v > 0 and 128 % v == 0, num_groups=lambda v: v > 0 and 32 % v == 0),
     "ddpm_sample": dict(
-        checkpoint=anything, config=anything, output=lambda v: v is None or v.suffix in (".png", ".npz"), output_dir=anything, device=anything,
+        checkpoint=anything, config=anything, output=lambda v: v is None or v.suffix.lower() in (".png", ".npz"), output_dir=anything, device=anything,
         mode=one_of("grid", "class_grid", "progressive"), method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of("auto", "fp32", "bf16"),
         num_samples=at_least(1), class_label=at_least(0), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
         guidance_scale=lambda v: v is None or 0 <= v < math.inf),
@@ -73,7 +73,7 @@ ALLOWED = {
         checkpoint=anything, config=anything, samples=lambda v: v is None or v.suffix == ".npz", output=lambda v: v is None or v.suffix == ".json", data_root=anything, device=anything,
         method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of("auto", "fp32", "bf16"), data=one_of("fashion_mnist", "sample"),
         num_samples=at_least(20), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed, guidance_scale=lambda v: v is None or 0 <= v < math.inf),
-    "ddpm_check": dict(config=one_of(*PRESETS), data_root=anything, device=anything, precision=one_of("auto", "fp32", "bf16")),
+    "ddpm_check": dict(config=one_of(*PRESETS), data=anything, resize=lambda v: v is None or 8 <= v <= 4096, data_root=anything, device=anything, precision=one_of("auto", "fp32", "bf16")),
 }
 
 @pytest.fixture(scope="module")

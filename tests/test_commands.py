@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 
 from ddpm_tutorial import check, sample, train
-from ddpm_tutorial.checkpoint import load_checkpoint
-from ddpm_tutorial.config import PRESETS, choose_device
+from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_checkpoint, load_model
+from ddpm_tutorial.config import PRESETS, choose_device, differences
 from ddpm_tutorial.tracking import read_metrics
 
 SHORT = ["--data", "sample", "--max_steps", "4", "--batch_size", "8", "--num_inference_steps", "3", "--device", "cpu", "--precision", "bf16", "--no-wandb"]
@@ -171,15 +172,206 @@ def test_a_configuration_that_contradicts_the_checkpoint(run, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "belongs to another run" in message and "scheduler.schedule" in message
 
+def own_images(path, n=30, shape=(12, 16, 3), seed=0, **arrays):
+    "An .npz of noise, in three classes unless told otherwise."
+    images = np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+    np.savez(path, images=images, **{"labels": np.arange(n) % 3, **arrays})
+    return path
+
 def test_own_images(tmp_path, capsys):
-    "Colour, not square, three classes: the first call says what to add, the second trains and samples."
-    np.savez(tmp_path/"own.npz", images=np.random.default_rng(0).integers(0, 256, (30, 12, 16, 3), dtype=np.uint8), labels=np.arange(30) % 3)
-    args = ["--config", "small", *SHORT, "--data", tmp_path/"own.npz", "--output_dir", tmp_path/"run"]
-    assert command(train, *args) == 2
-    added = capsys.readouterr().err.split("add ")[1].split(" (")[0].split()
-    assert command(train, *args, *added) == 0
+    "Colour, not square, three classes: size, channels and classes are read off and printed; it trains, samples and is checked."
+    own = own_images(tmp_path/"own.npz")
+    assert command(train, "--config", "small", *SHORT, "--data", own, "--output_dir", tmp_path/"run") == 0
+    out = capsys.readouterr().out
+    for fact in (str(own), "27 images", "12x16 colour", "3 classes (class 0, class 1, class 2)", "3 more to validate"): assert fact in out
     assert command(sample, "--checkpoint", tmp_path/"run/checkpoints/latest.pth", "--num_samples", "3", "--output", tmp_path/"a.npz") == 0
     with np.load(tmp_path/"a.npz") as file: assert file["arr_0"].shape == (3, 12, 16, 3)
+    assert command(check, "--config", "small", "--data", own, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "27 images of 3x12x16 pixels in 3 classes" in out and out.count("ok  ") == 8
+
+def test_a_folder_of_photos(tmp_path, capsys):
+    "Of different sizes: one line that names `--resize`; with it they are trained on, with attention at the level where it was."
+    for i in range(12):
+        (tmp_path/"photos").mkdir(exist_ok=True)
+        Image.new("RGB", (40 + i, 50 - i), (20*i, 100, 200)).save(tmp_path/"photos"/f"{i}.png")
+    args = ["--config", "tiny", *SHORT, "--data", f"{tmp_path/'photos'}/", "--output_dir", tmp_path/"run"]
+    for module, given in ((train, args), (check, ["--data", tmp_path/"photos"])):
+        assert command(module, *given) in (1, 2)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "--resize" in err and ".png" in err
+    assert command(train, *args, "--resize", "16") == 0 and command(check, "--data", tmp_path/"photos", "--resize", "16", "--device", "cpu") == 0
+    config = load_checkpoint(tmp_path/"run/checkpoints/latest.pth")["config"]
+    assert config.image_shape == (3, 16, 16) and config.classes == () and config.model.attention_resolutions == (4,)
+    assert "attention at 4" in capsys.readouterr().out
+
+@pytest.mark.parametrize("shape, args, says", [
+    ((13, 16), ["--config", "tiny"], "--patch_size 1"), ((8, 8), ["--config", "baseline"], "--channel_multipliers 1 2 4"),
+    ((16, 16), ["--config", "small", "--in_channels", "3"], "in_channels is 3, but"), ((16, 16), ["--config", "small", "--num_classes", "7"], "num_classes is 7, but"),
+])
+def test_choices_that_cannot_work_with_the_images(tmp_path, shape, args, says, capsys):
+    "Exit code 2 and what to change; size, channels and classes are never among it."
+    own = own_images(tmp_path/"own.npz", shape=shape)
+    assert command(train, *args, *SHORT, "--data", own, "--output_dir", tmp_path/"run") == 2
+    err = capsys.readouterr().err
+    assert says in err and "--image_size" not in err and "Traceback" not in err
+
+def trained(tmp_path, data, *args):
+    "Exit code of a run of `small` in tmp_path/run."
+    return command(train, "--config", "small", "--base_channels", "8", *SHORT, "--no-lr_decay", "--data", data, "--output_dir", tmp_path/"run", *args)
+
+def test_a_run_belongs_to_its_images_and_not_to_their_path(tmp_path, monkeypatch, capsys):
+    "However they are named, and wherever they have been moved, it goes on; other images of the same number and size in the same place are refused, and both are named."
+    (tmp_path/"a").mkdir()
+    own = own_images(tmp_path/"a"/"own.npz")
+    assert trained(tmp_path, own, "--max_steps", "1") == 0
+    monkeypatch.chdir(tmp_path/"a")
+    assert trained(tmp_path, "own.npz", "--max_steps", "2", "--resume") == 0
+    assert trained(tmp_path, "./../a/own.npz", "--max_steps", "3", "--resume") == 0
+    own.rename(tmp_path/"b.npz")
+    assert trained(tmp_path, tmp_path/"b.npz", "--max_steps", "4", "--resume") == 0
+    own_images(tmp_path/"b.npz", seed=1)
+    capsys.readouterr()
+    assert trained(tmp_path, tmp_path/"b.npz", "--max_steps", "5", "--resume") == 2
+    err = capsys.readouterr().err
+    assert "was trained on other images" in err and err.count(str(tmp_path/"b.npz")) == 2 and err.count("fingerprint") == 2
+    own_images(tmp_path/"b.npz", labels=(np.arange(30) + 1) % 3)
+    assert trained(tmp_path, tmp_path/"b.npz", "--max_steps", "5", "--resume") == 2 # the images are the same, the labels are not
+
+def test_a_run_begun_before_there_were_fingerprints_goes_on(tmp_path, capsys):
+    "With a note; from then on it knows its images. Another number of images is refused."
+    own = own_images(tmp_path/"own.npz")
+    assert trained(tmp_path, own, "--max_steps", "2") == 0
+    latest = tmp_path/"run"/"checkpoints"/"latest.pth"
+    values = torch.load(latest, weights_only=True)
+    del values["progress"]["fingerprint"], values["config"]["resize"] # as 0.6 wrote it
+    for path in latest.parent.iterdir(): path.unlink()
+    torch.save(values, latest)
+    assert trained(tmp_path, own_images(tmp_path/"more.npz", n=60), "--max_steps", "3", "--resume") == 2
+    capsys.readouterr()
+    assert trained(tmp_path, own, "--max_steps", "3", "--resume") == 0 and "does not know its images" in capsys.readouterr().out
+    assert load_checkpoint(latest)["step"] == 3 and load_checkpoint(latest)["progress"]["fingerprint"]
+    assert trained(tmp_path, own, "--max_steps", "4", "--resume") == 0 and "does not know" not in capsys.readouterr().out
+
+def test_the_classes_of_a_run_stay(tmp_path, capsys):
+    "A run without classes goes on without; asked with them, it is refused, and the other way round."
+    own = own_images(tmp_path/"own.npz")
+    assert trained(tmp_path, own, "--max_steps", "1", "--num_classes", "0") == 0
+    assert trained(tmp_path, own, "--max_steps", "2", "--resume") == 2
+    assert trained(tmp_path, own, "--max_steps", "2", "--num_classes", "0", "--resume") == 0
+
+def test_home_is_written_out(tmp_path, monkeypatch, capsys):
+    "`~` in every option and variable that takes a path: nothing is called `~` afterwards."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_DATA_ROOT", "~/nowhere")
+    own_images(tmp_path/"own.npz")
+    assert command(train, "--config", "small", "--base_channels", "8", *SHORT, "--data", "~/own.npz", "--output_dir=~/run") == 0
+    assert command(train, "--config", "small", "--base_channels", "8", *SHORT, "--data=~/own.npz", "--resume_from=~/run/checkpoints/latest.pth", "--max_steps", "5",
+                   "--no-lr_decay", "--output_dir", "~/branch") == 2 # its lr_decay is another: so it was found
+    assert "lr_decay" in capsys.readouterr().err
+    assert command(sample, "--checkpoint", "~/run/checkpoints/latest.pth", "--config=~/run/config.json", "--num_samples", "1", "--output", "~/a.png") == 0
+    assert command(sample, "--checkpoint", "~/run/checkpoints/latest.pth", "--num_samples", "1", "--output_dir", "~/drawn") == 0
+    assert command(check, "--data", "~/own.npz", "--data_root", "~/nowhere", "--device", "cpu", "--config", "small") == 0
+    found = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} # other libraries have caches there
+    assert found == {"own.npz", "run", "branch", "a.png", "drawn"}
+
+@pytest.mark.parametrize("args, says", [(["--data", "sample", "--batch_size", "1001"], "there are 1,000 images"),
+                                        (["--data", "OWN", "--batch_size", "28"], "there are 27 images")])
+def test_a_batch_larger_than_the_data(tmp_path, args, says, capsys):
+    "Is an error, with the number that is there; a batch of all images is none."
+    own = own_images(tmp_path/"own.npz")
+    args = [str(own) if arg == "OWN" else arg for arg in args]
+    assert command(train, "--config", "tiny", *SHORT, *args, "--output_dir", tmp_path/"run") == 2
+    assert says in capsys.readouterr().err
+    assert trained(tmp_path, own, "--batch_size", "27", "--max_steps", "1") == 0
+
+def test_a_step_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
+    "With the batch that would fit; and that one is taken."
+    monkeypatch.setattr(train, "free_memory", lambda device: 200 << 20) # 200 MiB
+    args = ["--config", "small", *SHORT, "--output_dir", tmp_path/"run"]
+    monkeypatch.setattr(train, "train_steps", lambda *_: pytest.fail("a step was begun"))
+    assert command(train, *args, "--batch_size", "1000") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "a step with batch_size 1000 needs" in err and "0.2 GiB are free on cpu" in err
+    fits = int(re.search(r"lower --batch_size to (\d+)", err)[1])
+    assert 10 < fits < 1000
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "free_memory", lambda device: 200 << 20)
+    assert command(train, *args, "--batch_size", fits, "--max_steps", "1") == 0
+    monkeypatch.setattr(train, "free_memory", lambda device: 1 << 20)
+    assert command(train, *args[:-1], tmp_path/"other") == 1 and "not even one image fits: take a smaller --config" in capsys.readouterr().err
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("batch_size", [128, 256])
+def test_what_a_step_is_said_to_need_is_what_it_takes(batch_size):
+    "A step takes at least as much, and at most twice as much, which is what the advised batch counts with."
+    code = f"""from dataclasses import replace
+from ddpm_tutorial.config import *
+from ddpm_tutorial.data import load_sample
+from ddpm_tutorial.training import new_state, train_steps
+def most(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))/1024 # MiB
+config = replace(PRESETS["small"], train=replace(PRESETS["small"].train, batch_size={batch_size}, max_steps=2))
+state, data = new_state(new_model(config), config.train), load_sample()
+try: check_memory(state.model, config, "fp32", 0)
+except NotEnoughMemory as error: print(error)
+open("/proc/self/clear_refs", "w").write("5") # the peak begins anew
+before = most()
+for _ in train_steps(state, data, config.scheduler.build(), config.train): pass
+print(most() - before)"""
+    said, took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    needs = 1024*float(re.search(r"needs ([\d.]+) GiB", said)[1])
+    assert needs - 50 < float(took) < 2*needs + 50
+
+@pytest.mark.parametrize("flag, clipped", [("--no-clip_sample", False), ("--no-clip-sample", False), ("--clip_sample", True)])
+def test_clip_sample_is_spelled_alike(run, tmp_path, flag, clipped, capsys):
+    "In the command that trains and in those that draw; `--clip_sample False` of 0.4 still works."
+    assert command(train, "--config", "tiny", *SHORT, flag, "--output_dir", tmp_path/"run") == 0
+    assert load_checkpoint(tmp_path/"run/checkpoints/latest.pth")["config"].clip_sample == clipped
+    for given in ([flag], ["--clip_sample", str(clipped)], [f"--clip_sample={clipped}"]):
+        assert command(sample, "--checkpoint", run/"checkpoints/latest.pth", "--num_samples", "1", *given) == 0
+        assert ("not clipped" in capsys.readouterr().out) == (not clipped)
+
+def test_a_folder_for_a_checkpoint(run, capsys):
+    "Is said to be one, with the file that was probably meant."
+    for folder in (run, run/"checkpoints"):
+        assert command(sample, "--checkpoint", folder) in (1, 2)
+        err = capsys.readouterr().err
+        assert f"{folder} is a folder" in err and str(run/"checkpoints"/"best_model.pth") in err
+    assert command(train, "--config", "tiny", *SHORT, "--resume_from", run, "--output_dir", run.parent/"new") in (1, 2)
+    assert "is a folder" in capsys.readouterr().err
+
+def test_weights_by_any_name(run, tmp_path):
+    "A file is known by what is in it: weights in half precision called .pth, a checkpoint called .safetensors."
+    weights, checkpoint = tmp_path/"weights.pth", tmp_path/"checkpoint.safetensors"
+    weights.write_bytes(PRETRAINED["small"].read_bytes())
+    checkpoint.write_bytes((run/"checkpoints"/"latest.pth").read_bytes())
+    assert load_model(weights)[1] == load_model(PRETRAINED["small"])[1] and load_model(checkpoint)[1] == load_model(run/"checkpoints"/"latest.pth")[1]
+    (tmp_path/"damaged.safetensors").write_bytes(PRETRAINED["small"].read_bytes()[:-1000])
+    for path, says in ((tmp_path/"damaged.safetensors", "cannot be read"), (tmp_path/"none.safetensors", "is not there")):
+        with pytest.raises(CheckpointError, match=says): load_model(path)
+
+def test_differences_are_of_fields_and_not_of_places():
+    "Two configurations with another number of fields, or in another order: each field is compared with its namesake."
+    @dataclass(frozen=True)
+    class Older:
+        guidance_scale: float=3.
+        method: str="dpm++"
+        gone: int=1
+    @dataclass(frozen=True)
+    class Newer:
+        new: int=2
+        method: str="dpm++"
+        guidance_scale: float=3.
+    assert sorted(differences(Older(), Newer())) == ["gone", "new"]
+    assert sorted(differences(Older(guidance_scale=1.), Newer())) == ["gone", "guidance_scale", "new"]
+
+def test_endings_in_capitals(run, tmp_path):
+    "`.PNG`, `.NPZ` and `.GIF` are what their small letters are."
+    for name, mode in (("a.PNG", "grid"), ("a.NPZ", "grid"), ("a.GIF", "progressive"), ("b.Png", "progressive")):
+        assert command(sample, "--checkpoint", run/"checkpoints/latest.pth", "--num_samples", "2", "--mode", mode, "--output", tmp_path/name) == 0
+    with np.load(tmp_path/"a.NPZ") as file: assert file["arr_0"].shape == (2, 28, 28, 1)
+    with Image.open(tmp_path/"a.GIF") as gif: assert gif.n_frames == 3
 
 def test_without_labels(tmp_path):
     "`--num_classes 0` trains a model that knows no classes; a class cannot be asked of it."

@@ -1,6 +1,9 @@
 """The data: files that are not what they should be, one's own images, the range of the pixels, and the real thing where it is at hand."""
 import hashlib
 import os
+import re
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from ddpm_tutorial.data import (CLASSES, RAW_FILES, DataError, ImageData, batches, check_raw_files, default_data_root, full_or_tiny, hold_out,
-                                image_grid, load_data, load_fashion_mnist, load_images, load_sample, to_float, to_pil, to_uint8)
+from ddpm_tutorial.data import (CLASSES, RAW_FILES, DataError, ImageData, batches, check_raw_files,
+                                default_data_root, fingerprint, full_or_tiny, hold_out, image_grid, load_data,
+                                load_fashion_mnist, load_images, load_sample, to_float, to_pil, to_uint8)
 
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
 
@@ -21,7 +25,9 @@ def random_images(n=6, height=9, width=11, channels=None, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def as_tensor(images): return torch.from_numpy(images if images.ndim == 4 else images[..., None]).permute(0, 3, 1, 2)
+def as_tensor(images):
+    "(n, H, W) or (n, H, W, C) -> (n, C, H, W)"
+    return torch.from_numpy(np.array(images if images.ndim == 4 else images[..., None])).permute(0, 3, 1, 2)
 
 
 def save_folder(folder, images, classes=("",), ending="png"):
@@ -126,6 +132,19 @@ def test_default_root(monkeypatch, tmp_path, offline):
     with pytest.raises(ValueError, match="split must be"): load_fashion_mnist(tmp_path, "validation")
 
 
+def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path, offline):
+    "`~` in a path or in the variable is the home folder, and no folder of that name is made."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path/"home"))
+    save_folder(tmp_path/"home"/"photos", random_images(20))
+    assert len(load_images("~/photos")) == 20 and len(load_data("~/photos")[0]) == 18
+    with pytest.raises(DataError, match=str(tmp_path/"home"/"root")): load_fashion_mnist("~/root")
+    monkeypatch.setenv("DDPM_DATA_ROOT", "~/data")
+    assert default_data_root() == tmp_path/"home"/"data"
+    with pytest.raises(DataError, match=str(tmp_path/"home"/"data")): load_data()
+    assert not (tmp_path/"~").exists()
+
+
 def test_real_fashion_mnist():
     "All 70,000: count, mean, standard deviation, and every bundled image is one of them, with the same label."
     root = os.environ.get("DDPM_DATA_ROOT")
@@ -198,6 +217,84 @@ def test_hold_out():
         with pytest.raises(DataError, match="cannot hold out"): hold_out(data, n)
 
 
+def few(*counts, classes=None):
+    "As many images of each class as it says; each image carries its own number."
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    return ImageData(images, labels, classes or tuple(f"class {i}" for i in range(len(counts))))
+
+
+@pytest.mark.parametrize("counts, n", [((1, 30), 29), ((2, 2, 2), 3), ((1, 1, 1, 5), 4), ((3, 40), 41)])
+def test_holding_out_leaves_each_class_an_image(counts, n):
+    "The last image of a class is passed over; the next in the order is held out for it, and none is lost."
+    data = few(*counts)
+    rest, held = hold_out(data, n)
+    assert len(held) == n and rest.labels.bincount(minlength=len(counts)).min() >= 1
+    numbers = torch.cat([rest.images, held.images])[:, 0, 0, 0].long()
+    assert torch.equal(numbers.sort().values, torch.arange(sum(counts)))
+    assert torch.equal(torch.cat([rest.labels, held.labels]), data.labels[numbers])
+
+
+@pytest.mark.parametrize("data, n", [(indexed(60), 15), (few(5, 50), 5), (load_sample(), 100)])
+def test_holding_out_takes_the_images_that_it_always_took(data, n):
+    "Where no class is at risk, results stay what they were: the first n of the shuffled order, then the rest."
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    for part, index in zip(hold_out(data, n), (order[n:], order[:n])):
+        assert torch.equal(part.images, data.images[index]) and torch.equal(part.labels, data.labels[index])
+
+
+def test_a_class_without_an_image_to_train_on_is_an_error():
+    "It is named; so is the usual reason, labels that start at 1. And no class is emptied to hold out more."
+    with pytest.raises(DataError, match=r"no image has the label 1 \(hat\)$"):
+        hold_out(few(4, 0, 4, classes=("bag", "hat", "shoe")), 2)
+    with pytest.raises(DataError, match=r"label 0 \(class 0\); labels from 1 to 2 must start at 0: subtract"):
+        hold_out(few(0, 5, 5), 2)
+    for data, n in ((few(1, 1, 1), 1), (few(3, 2), 4)):
+        with pytest.raises(DataError, match=f"cannot hold out {n} of {len(data)} images; each class"):
+            hold_out(data, n)
+
+
+@pytest.mark.parametrize("change, says", [(dict(labels=np.arange(20) % 10 + 1), r"label 0 .* subtract 1"),
+                                          (dict(labels=np.arange(20) % 10*2), r"label 1 \(class 1\)"),
+                                          (dict(classes=np.arange(11)), r"label 10 \(10\)")],
+                         ids=["from 1", "a gap", "a name too many"])
+def test_labels_that_leave_a_class_empty(tmp_path, change, says):
+    "They can be looked at, as samples of a few classes are, but not trained on; the file is named."
+    path = save_npz(tmp_path/"own.npz", **dict(images=random_images(20), labels=np.arange(20) % 10) | change)
+    assert len(load_images(path)) == 20
+    with pytest.raises(DataError, match=f"own.npz: no image has the {says}"): load_data(str(path))
+
+
+def test_fingerprint(tmp_path):
+    "The same for the same images, wherever they lie; another for another pixel, label, order, shape or name."
+    images = random_images(6, channels=3)
+    data = load_images(save_folder(tmp_path/"own", images, ("a", "b")))
+    assert re.fullmatch("[0-9a-f]{16}", fingerprint(data))
+    arrays = dict(images=images[[0, 2, 4, 1, 3, 5]], labels=np.repeat([0, 1], 3), classes=np.array(["a", "b"]))
+    strided = ImageData(data.images.contiguous(memory_format=torch.channels_last), data.labels, data.classes)
+    from_arrays = load_images(save_npz(tmp_path/"own.npz", **arrays))
+    for again in (load_images(f"{tmp_path}/own/"), from_arrays, strided):
+        assert fingerprint(again) == fingerprint(data)
+    pixel, label = data.images.clone(), data.labels.clone()
+    pixel[3, 1, 4, 5] ^= 1
+    label[2] = 1
+    others = [ImageData(pixel, data.labels, data.classes), ImageData(data.images, label, data.classes),
+              ImageData(data.images.reshape(6, 3, 11, 9), data.labels, data.classes),
+              data[:5], data[[1, 0, 2, 3, 4, 5]],
+              *(ImageData(data.images, data.labels, names) for names in (("a", "c"), ("ab", ""), ("b", "a")))]
+    assert len({fingerprint(other) for other in [data, *others]}) == len(others) + 1
+
+
+def test_fingerprints_of_many_images_are_quick():
+    "All of Fashion-MNIST in half a second, or it would hold up the start of a run. The best of three."
+    images, labels = torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8), torch.zeros(60_000, dtype=torch.int64)
+    def seconds():
+        start = time.perf_counter()
+        fingerprint(ImageData(images, labels, ()))
+        return time.perf_counter() - start
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
 def test_load_data(tmp_path):
     "The bundled sample by its name; one's own images by their path, with a tenth held out."
     train, validation = load_data("sample")
@@ -206,6 +303,9 @@ def test_load_data(tmp_path):
     train, validation = load_data(str(path))
     assert (len(train), len(validation)) == (36, 4)
     with pytest.raises(DataError, match="neither a folder nor an .npz file"): load_data("fashion-mnist")
+    for name in ("sample", str(path)):
+        train, validation = load_data(name, resize=16)
+        assert train.images.shape[2:] == validation.images.shape[2:] == (16, 16)
 
 
 def test_image_data_fits_together():
@@ -254,28 +354,317 @@ def test_folder(tmp_path, channels, ending):
     save_folder(tmp_path/"sorted", images, ("shoe", "bag", "hat"), ending)
     (tmp_path/"sorted"/".hidden").mkdir()
     (tmp_path/"sorted"/"bag"/"notes.txt").write_text("not an image")
-    data = load_images(str(tmp_path/"sorted"))
+    messages, data = said(load_images, str(tmp_path/"sorted"))
+    assert messages == [f"{tmp_path/'sorted'}: left out 1 .txt"]
     assert data.classes == ("bag", "hat", "shoe") and data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert torch.equal(data.images, as_tensor(images[[1, 4, 2, 5, 0, 3]]))
 
 
-def test_folder_with_a_palette(tmp_path):
-    "Another way to write the same colours."
-    grey = random_images(1)[0]
-    (tmp_path/"palette").mkdir()
-    Image.fromarray(grey).convert("P").save(tmp_path/"palette"/"a.png")
-    assert torch.equal(load_images(tmp_path/"palette").images, as_tensor(grey[None]).expand(1, 3, 9, 11))
+def said(function, *args, **kwargs):
+    "What a call warns of, and what it returns."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function(*args, **kwargs)
+    return [str(warning.message) for warning in caught], result
 
 
-def test_pixels_that_would_lose_something_are_refused(tmp_path):
-    "16-bit grey would be cut off at 255, transparency would be dropped: the error names the file and what to save instead."
-    rgba, deep = tmp_path/"rgba"/"a.png", tmp_path/"deep"/"b.png"
-    for file in (rgba, deep): file.parent.mkdir()
-    Image.fromarray(random_images(1, channels=4)[0]).save(rgba)
-    Image.fromarray(random_images(1)[0].astype(np.uint16)*257).save(deep)
-    for file in (rgba, deep):
-        with pytest.raises(DataError, match=f"{file.name}.*8-bit grey"): load_images(file.parent)
+def refused(folder, *words, **kwargs):
+    "One sentence, with these words in it."
+    with pytest.raises(DataError) as caught: load_images(folder, **kwargs)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
 
+
+@pytest.mark.parametrize("junk", [".DS_Store", "._000.png", "Thumbs.db", "thumbs.DB", "desktop.ini", ".x/x.png",
+                                  "__MACOSX/._000.png", "__MACOSX/x.png", ".ipynb_checkpoints/000.png"])
+@pytest.mark.parametrize("classes", [("",), ("a", "b")])
+def test_what_systems_leave_behind_is_passed_over(tmp_path, junk, classes):
+    "Neither an error nor a class nor a word: at the top, and in the folder of a class."
+    save_folder(tmp_path, random_images(), classes)
+    for place in {tmp_path, tmp_path/classes[0]}:
+        (place/junk).parent.mkdir(exist_ok=True)
+        (place/junk).write_bytes(b"whatever a system writes")
+    messages, data = said(load_images, tmp_path)
+    assert messages == [] and len(data) == 6 and data.classes == tuple(filter(None, classes))
+
+
+def write_words(folder, *names):
+    for name in names:
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_text("words")
+
+
+def test_what_is_left_out_is_counted_in_one_line(tmp_path):
+    "Files that are no images, and beside loose images folders without any. Not a word if there is none."
+    photos = save_folder(tmp_path/"photos", random_images())
+    classes = save_folder(tmp_path/"sorted", random_images(), ("a", "b"))
+    assert said(load_images, photos)[0] == []
+    write_words(photos, "a.txt", "b.TXT", "list.csv", "README", "notes/deep/c.txt")
+    messages, data = said(load_images, photos)
+    assert messages == [f"{photos}: left out 2 .txt, 1 without an ending, 1 .csv, 1 folder notes"]
+    assert len(data) == 6 and data.classes == ()
+    write_words(classes, "a.txt", "a/b.heic", "a/c.heic", "b/extra/d.mp4", *(f"a/x.{i}" for i in range(9)))
+    (message,), data = said(load_images, classes)
+    assert "left out 2 .heic, 1 .txt, " in message and message.endswith(", ...") and data.classes == ("a", "b")
+
+
+def test_loose_images_beside_folders_of_images(tmp_path):
+    "A third class, or forgotten? One of each is named, and what to do."
+    for inner in ("a", "x/y"): save_folder(tmp_path/inner[0], random_images(), (inner,))
+    for place in (tmp_path/"a", tmp_path/"x"): save_folder(place, random_images(1))
+    refused(tmp_path/"a", "a/000.png lies beside folders with images", "a/a/000.png", "give it its own")
+    refused(tmp_path/"x", "x/000.png lies beside", "x/x/y/000.png")
+
+
+@pytest.mark.parametrize("deep", ["train/a/000.png", "a/more/000.png"])
+def test_images_one_level_too_deep(tmp_path, deep):
+    save_folder(tmp_path, random_images(), (str(Path(deep).parent), "b" if deep[0] == "a" else "train/b"))
+    refused(tmp_path, f"{deep} lies too deep", "or in its folders")
+
+
+def test_a_folder_without_an_image_beside_others(tmp_path):
+    "An intended class, perhaps: it does not become one, and does not vanish, without a word."
+    for name in ("empty", "words"): save_folder(tmp_path/name, random_images(), ("a", "b"))
+    (tmp_path/"empty"/"c").mkdir()
+    write_words(tmp_path, "words/notes/a.txt")
+    refused(tmp_path/"empty", "empty/c holds no images", "fill it or remove it")
+    refused(tmp_path/"words", "words/notes holds no images")
+
+
+@pytest.mark.parametrize("place, classes", [("c", "ab"), ("a/c.png", "ab"), ("c.png", [""]), ("c", [""])])
+def test_links_that_lead_nowhere(tmp_path, place, classes):
+    "To a class, or to an image: there was something once."
+    save_folder(tmp_path, random_images(), classes)
+    (tmp_path/place).symlink_to(tmp_path/"nowhere")
+    refused(tmp_path, f"{place} is a link that leads nowhere")
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    "They count as what they lead to; one that leads back to its own folder ends in a sentence."
+    images = random_images()
+    real = save_folder(tmp_path/"real", images)
+    (tmp_path/"sorted").mkdir()
+    for name in ("a", "b"): (tmp_path/"sorted"/name).symlink_to(real)
+    data = load_images(tmp_path/"sorted")
+    assert data.classes == ("a", "b") and torch.equal(data.images, as_tensor(images).repeat(2, 1, 1, 1))
+    (real/"round").symlink_to(real)
+    refused(real, "real/000.png lies beside")
+    refused(tmp_path/"sorted", "sorted/a/round/000.png lies too deep")
+
+
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    "At the top, or a class."
+    save_folder(tmp_path, random_images(), ("a", "b"))
+    allowed = os.scandir
+    for place in (tmp_path, tmp_path/"b"):
+        def scandir(path, place=place):
+            if Path(path) == place: raise PermissionError(13, "Permission denied", str(path))
+            return allowed(path)
+        monkeypatch.setattr(os, "scandir", scandir)
+        refused(tmp_path, "cannot be read", f"Permission denied: '{place}'")
+
+
+def test_only_no_images(tmp_path):
+    "Says what there is instead: photos of a kind that Pillow cannot open, for one."
+    for name in ("cats", "dogs"): (tmp_path/name).mkdir()
+    refused(tmp_path, "holds no images, only 1 folder cats, 1 folder dogs")
+    write_words(tmp_path, "cats/a.heic")
+    refused(tmp_path, "holds no images, only 1 .heic")
+    refused(tmp_path/"dogs", "holds no images, only nothing")
+
+
+def test_every_kind_of_picture_counts(tmp_path):
+    "What Pillow calls a picture, in small letters or capitals; films, papers and data do not."
+    images, endings = random_images(6), ("PNG", "TIF", "pgm", "png", "tga", "tiff")         # in sorted order
+    for image, ending in zip(images, endings): Image.fromarray(image).save(tmp_path/f"{ending}.{ending}")
+    write_words(tmp_path, "x.h5", "x.mpg", "x.ps", "x.wmf")
+    (message,), data = said(load_images, tmp_path)
+    assert torch.equal(data.images, as_tensor(images))
+    assert message.endswith("left out 1 .h5, 1 .mpg, 1 .ps, 1 .wmf")
+
+
+@pytest.mark.parametrize("names, order", [(list(map(str, range(12))), list(map(str, range(12)))),
+                                          (["10", "9", "8"], ["8", "9", "10"]),
+                                          (["10", "9", "x"], ["10", "9", "x"]),
+                                          (["-1", "10", "9"], ["-1", "10", "9"])])
+def test_order_of_the_classes(tmp_path, names, order):
+    "Whole numbers by their value, all else by the alphabet; each image keeps its class."
+    save_folder(tmp_path, np.arange(len(names), dtype=np.uint8).repeat(64).reshape(-1, 8, 8), names)
+    data = load_images(tmp_path)
+    assert list(data.classes) == order
+    assert [data.classes[label] for label in data.labels] == [names[int(i)] for i in data.images[:, 0, 0, 0]]
+
+
+# --- the pixels of one file -----------------------------------------------------------------------------------------
+
+def save(file, image, **kwargs):
+    file.parent.mkdir(exist_ok=True)
+    image.save(file, **kwargs)
+    return file.parent
+
+
+WAY = Image.Transpose
+UPRIGHT = {1: None, 2: WAY.FLIP_LEFT_RIGHT, 3: WAY.ROTATE_180, 4: WAY.FLIP_TOP_BOTTOM, # EXIF's tag 0x0112
+           5: WAY.TRANSPOSE, 6: WAY.ROTATE_270, 7: WAY.TRANSVERSE, 8: WAY.ROTATE_90}
+
+
+@pytest.mark.parametrize("turn", UPRIGHT)
+@pytest.mark.parametrize("ending, options", [("png", {}), ("tif", {}), ("webp", dict(lossless=True))])
+def test_a_photo_stands_upright(tmp_path, turn, ending, options):
+    "A camera that is turned says so in the EXIF data; what counts is the picture that people see."
+    image, exif = Image.fromarray(random_images(1, channels=3)[0]), Image.Exif()
+    exif[0x0112] = turn
+    found = load_images(save(tmp_path/"a"/f"a.{ending}", image, exif=exif, **options))
+    upright = image if turn == 1 else image.transpose(UPRIGHT[turn])
+    assert torch.equal(found.images, as_tensor(np.asarray(upright)[None]))
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
+def test_several_images_in_one_file_are_refused(tmp_path, ending):
+    "An animation or pages: its first is not what a person expects."
+    first, *others = (Image.fromarray(image) for image in random_images(3, channels=3))
+    folder = save(tmp_path/"a"/f"film.{ending}", first, save_all=True, append_images=others)
+    refused(folder, f"film.{ending} holds 3 images")
+
+
+def test_a_photo_with_a_second_one_behind_it_is_a_photo(tmp_path):
+    "Phones put a map of depths or of brightness into the same JPEG file; nobody sees it."
+    first, second = (Image.fromarray(image) for image in random_images(2, 16, 16, channels=3))
+    folder = save(tmp_path/"a"/"photo.jpg", first, format="MPO", save_all=True, append_images=[second])
+    with Image.open(folder/"photo.jpg") as image: assert image.format == "MPO" and image.n_frames == 2
+    assert load_images(folder).images.shape == (1, 3, 16, 16)
+
+
+def grey_palette(array):
+    "The same greys, written with a palette in another order."
+    image = Image.fromarray(255 - array)
+    image.putpalette([255 - i//3 for i in range(768)])
+    return image
+
+
+@pytest.mark.parametrize("ending", ["gif", "png"])
+def test_palettes(tmp_path, ending):
+    "Another way to write the same colours. Greys stay grey among grey images, and are colours among colours."
+    grey, colour = random_images(2), Image.fromarray(random_images(1, channels=3)[0]).quantize(16)
+    beside = {"palette": grey_palette(grey[1]), "grey": Image.fromarray(grey[1]), "colour": colour}
+    for name, image in beside.items():
+        save(tmp_path/name/f"0.{ending}", grey_palette(grey[0]))
+        found = load_images(save(tmp_path/name/f"1.{ending}", image)).images
+        if name == "colour": meant = np.stack([np.dstack([grey[0]]*3), np.asarray(image.convert("RGB"))])
+        else: meant = grey
+        assert torch.equal(found, as_tensor(meant))
+    save(tmp_path/"mixed"/"0.png", Image.fromarray(grey[0]))
+    refused(save(tmp_path/"mixed"/"1.png", colour), "0.png is grey", "mixed/1.png has colours", "all in grey")
+
+
+def with_alpha(mode, through):
+    "(image, options to save it, its pixels): every pixel opaque, or one of them not."
+    colour = random_images(1, channels=3)[0]//2 + 1                 # 0 is free to mean "transparent"
+    alpha = np.full(colour.shape[:2], 255, np.uint8)
+    if through: colour[2, 3], alpha[2, 3] = 0, 128
+    if mode == "P":
+        image = Image.fromarray(colour).quantize(16)
+        options = dict(transparency=image.getpixel((3, 2)) if through else 200)
+        return image, options, np.asarray(image.convert("RGB"))
+    pixels = colour[..., 0] if mode[0] == "L" else colour
+    if mode[-1] == "A": return Image.fromarray(np.dstack([pixels, alpha])), {}, pixels
+    return Image.fromarray(pixels), dict(transparency=(0, 0, 0) if mode == "RGB" else 0), pixels
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "RGBA"])
+def test_transparency_is_treated_alike_in_all_modes(tmp_path, mode):
+    "If every pixel is opaque, nothing is lost without it; if not, somebody has to choose what lies behind."
+    image, options, pixels = with_alpha(mode, through=False)
+    assert image.mode == mode
+    messages, data = said(load_images, save(tmp_path/"opaque"/"a.png", image, **options))
+    assert messages == [] and torch.equal(data.images, as_tensor(pixels[None]))
+    image, options, _ = with_alpha(mode, through=True)
+    refused(save(tmp_path/"through"/"b.png", image, **options), "b.png is transparent in places", "background")
+
+
+@pytest.mark.parametrize("mode, ending", [("I;16", "png"), ("CMYK", "tif"), ("F", "tif")])
+def test_pixels_that_would_lose_something_are_refused(tmp_path, mode, ending):
+    "16-bit grey would be cut off at 255, and ink is not light: the error names the file and what to save."
+    folder = save(tmp_path/"a"/f"deep.{ending}", Image.new(mode, (9, 11)))
+    refused(folder, f"deep.{ending} has pixels of Pillow's kind {mode!r}", "8-bit grey or colour")
+
+
+def test_black_and_white_is_grey(tmp_path):
+    bits = random_images(1) > 99
+    folder = save(tmp_path/"a"/"a.png", Image.fromarray(bits[0]))
+    assert torch.equal(load_images(folder).images, as_tensor(np.where(bits, np.uint8(255), np.uint8(0))))
+
+
+@pytest.mark.parametrize("limit", [90, 50])
+def test_a_huge_picture_is_named(tmp_path, monkeypatch, limit):
+    "Pillow warns from its limit on, and raises an error of its own from twice that: ours names the file."
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)           # a small limit instead of a large picture
+    folder = save(tmp_path/"a"/"huge.png", Image.new("L", (10, 11)))
+    refused(folder, "huge.png is too large", "110 pixels", "make it smaller")
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+def test_unlike_sizes_name_the_option(tmp_path):
+    "And the two files; width first, as cameras say it."
+    save(tmp_path/"a"/"0.png", Image.new("L", (11, 9)))
+    folder = save(tmp_path/"a"/"1.png", Image.new("L", (9, 11)))
+    refused(folder, "1.png has 9x11 pixels", "0.png has 11x9", "--resize N", "resize=N")
+
+
+@pytest.mark.parametrize("size", [(40, 40), (60, 40), (40, 64), (200, 80)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_resize(tmp_path, size, mode):
+    "The same as making the short side N pixels long and cutting out the middle, in two steps of Pillow's own."
+    small = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode) # smooth, as photos are
+    found = load_images(save(tmp_path/"a"/"a.png", image), resize=20).images
+    whole = image.resize((size[0]*20//min(size), size[1]*20//min(size)), Image.Resampling.LANCZOS)
+    left, top = (whole.width - 20)//2, (whole.height - 20)//2
+    expected = as_tensor(np.asarray(whole.crop((left, top, left + 20, top + 20)))[None])
+    assert found.shape == expected.shape
+    inner = (found.int() - expected.int())[..., 3:-3, 3:-3]             # at the rim one of the two sees more
+    assert inner.abs().max() <= 1
+
+
+def test_resize_smooths_fine_stripes(tmp_path):
+    "Stripes of one pixel become even grey when they are made four times smaller, not a pattern of their own."
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
+    found = load_images(save(tmp_path/"a"/"a.png", stripes), resize=16).images.float()
+    assert (found - 127.5).abs().max() < 12                             # the outermost pixels see less of it
+
+
+def test_resize_brings_all_to_one_size(tmp_path):
+    "Photos of any form; smaller ones are enlarged."
+    for i, size in enumerate(((40, 30), (30, 40), (16, 16), (8, 100), (33, 31))):
+        save(tmp_path/"a"/f"{i}.png", Image.new("RGB", size, (10*i, 20, 30)))
+    colours = torch.tensor([[10*i, 20, 30] for i in range(5)], dtype=torch.uint8)
+    found = load_images(tmp_path/"a", resize=16).images
+    assert torch.equal(found, colours[..., None, None].expand(5, 3, 16, 16))
+    for n in (7, 0, -3): refused(tmp_path/"a", f"cannot be resized to {n} pixels", "size is 8", resize=n)
+
+
+@pytest.mark.parametrize("width", [16, 21])
+def test_resize_leaves_pixels_alone_where_it_can(tmp_path, width):
+    "If the short side is right already, the image is cut at most: no pixel is mixed with another."
+    images = random_images(2, 16, width)
+    found = load_images(save_folder(tmp_path, images), resize=16)
+    assert torch.equal(found.images, as_tensor(images[..., (width - 16)//2:][..., :16]))
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_resize_arrays(tmp_path, channels):
+    "An .npz is resized as the same images in a folder are; so is a palette."
+    images = random_images(channels=channels, height=20, width=31)
+    folder = load_images(save_folder(tmp_path/"a", images), resize=9)
+    assert folder.images.shape == (6, channels or 1, 9, 9)
+    assert torch.equal(load_images(save_npz(tmp_path/"a.npz", images=images), resize=9).images, folder.images)
+    if channels is None:
+        for i in range(6): save(tmp_path/"p"/f"{i}.png", grey_palette(images[i]))
+        assert torch.equal(load_images(tmp_path/"p", resize=9).images, folder.images)
+
+
+# --- folders and arrays that cannot be used -------------------------------------------------------------------------
 
 def test_bad_folders(tmp_path):
     "The file that does not fit is named: another size, other channels, a web page, half a file; and an empty folder."
@@ -307,20 +696,55 @@ def test_npz(tmp_path, channels):
     assert named.classes == ("x", "y", "z", "none of these")
 
 
-@pytest.mark.parametrize("arrays, message", [
-    (dict(pictures=random_images()), "holds .*pictures.*; it needs `images`"),
-    (dict(images=random_images()/255), "they must be uint8"),
-    (dict(images=random_images(channels=3).reshape(6, -1)), r"they must be \(n, H, W\)"),
-    (dict(images=random_images(), labels=np.zeros(5, int)), "6 images need"),
-    (dict(images=random_images(), labels=np.zeros(6)), "they must be integers"),
-    (dict(images=random_images(), labels=np.full(6, -1)), "labels must be in"),
-    (dict(images=random_images(), labels=np.full(6, 2), classes=np.array(["a", "b"])), r"labels must be in 0 ... 1"),
-    (dict(images=random_images(0)), "no images"),
-    (dict(images=random_images(), labels=np.array([print]*6, dtype=object)), "cannot be read as .npz"),
-], ids=["wrong name", "floats", "flat", "too few labels", "broken labels", "negative", "unknown class", "no images", "a pickle"])
+BAD = {
+    "wrong name": (dict(pictures=random_images()), "holds pictures; it needs `images`"),
+    "nothing": (dict(), "holds nothing; it needs `images`"),
+    "floats": (dict(images=random_images()/255), "they must be uint8"),
+    "flat": (dict(images=random_images().reshape(6, -1)), r"images are \(6, 99\), not \(n, H, W\)"),
+    "0-d": (dict(images=np.uint8(7)), r"images are \(\), not"),
+    "channels first": (dict(images=random_images(channels=3).transpose(0, 3, 1, 2)),
+                       r"images are \(6, 3, 9, 11\).*save images.transpose\(0, 2, 3, 1\)"),
+    "grey channel first": (dict(images=random_images()[:, None]), r"\(6, 1, 9, 11\).*save images.transpose"),
+    "four channels": (dict(images=random_images(channels=4)), r"\(6, 9, 11, 4\).* with C 1 or 3$"),
+    "no images": (dict(images=random_images(0)), "no images"),
+    "a pickle": (dict(labels=np.array([print]*6, dtype=object)), "cannot be read as .npz"),
+    "too few labels": (dict(labels=np.zeros(5, int)), r"6 images need as many labels in one row, not \(5,\)$"),
+    "labels in a column": (dict(labels=np.zeros((6, 1), int)), r"in one row, not \(6, 1\)$"),
+    "0-d label": (dict(labels=np.int64(0)), r"6 images need as many labels in one row, not \(\)$"),
+    "one-hot": (dict(labels=np.eye(6, dtype=int)), r"not \(6, 6\); if they are one-hot, save labels.argmax"),
+    "one-hot floats": (dict(labels=np.eye(6)), r"one-hot, save labels.argmax\(1\)"),
+    "float labels": (dict(labels=np.zeros(6)), "labels are float64; they must be integers"),
+    "words": (dict(labels=np.array(["a"]*6)), "they must be integers"),
+    "booleans": (dict(labels=np.ones(6, bool)), "labels are bool; they must be integers"),
+    "negative": (dict(labels=np.full(6, -1)), "labels must be in"),
+    "huge labels": (dict(labels=np.full(6, 10**9)), "labels go up to 1,000,000,000; number the classes 0"),
+    "still larger": (dict(labels=np.full(6, 2**63, np.uint64)), "labels go up to 9,223,372,036,854,775,808"),
+    "label": (dict(label=np.zeros(6, int)), "holds images, label, but no `labels`; give them this name"),
+    "y": (dict(y=np.zeros((6, 1), int)), "holds images, y, but no `labels`"),
+    "classes only": (dict(classes=np.array(["a"])), "holds images, classes, but no `labels`"),
+    "one class name": (dict(labels=np.zeros(6, int), classes=np.array("a")), "must be names in one row"),
+    "unknown class": (dict(labels=np.full(6, 2), classes=np.array(["a", "b"])), "labels must be in 0 ... 1"),
+}
+
+
+@pytest.mark.parametrize("arrays, message", BAD.values(), ids=BAD)
 def test_bad_npz(tmp_path, arrays, message):
-    "The message names what is wrong; a pickle inside is not opened."
-    with pytest.raises(DataError, match=message): load_images(save_npz(tmp_path/"bad.npz", **arrays))
+    "The message names the file, what is wrong with it and what to save instead; a pickle inside is not opened."
+    images = {} if {"images", "pictures"} & arrays.keys() or not arrays else dict(images=random_images())
+    path = save_npz(tmp_path/"bad.npz", **images, **arrays)
+    with pytest.raises(DataError, match=message) as caught: load_images(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_npz_of_other_people(tmp_path):
+    "Capital letters in its name, class names as bytes, arrays that nobody asked for: read, and said in a line."
+    images, labels, names = random_images(), np.arange(6) % 3, ("hat", "Schuhgröße", "\\xff")
+    as_bytes = np.array([*(name.encode() for name in names[:2]), b"\xff"])
+    path = save_npz(tmp_path/"a.npz", images=images, labels=labels, classes=as_bytes, mu=np.zeros(3))
+    messages, data = said(load_images, path.rename(tmp_path/"OWN.NPZ"))
+    assert data.classes == names and messages == [f"{tmp_path/'OWN.NPZ'}: left out mu"]
+    path = save_npz(tmp_path/"b.npz", arr_0=images, mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    assert said(load_images, path)[0] == [f"{path}: left out mu, sigma"]
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole)//2], lambda whole: HTML, lambda whole: b"",

@@ -1,8 +1,11 @@
 "The figures against formulas worked out otherwise, and the command as a user types it."
 import json
 import os
+import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_model, lo
 from ddpm_tutorial.config import PRESETS, ConfigError, new_model
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
 from ddpm_tutorial.evaluation import (Seen, alike, class_agreement, density_and_coverage, figures, frechet_distance, kernel_distance,
-                                      load_classifier, look_at, nearest_distance, train_classifier)
+                                      load_classifier, look_at, nearest_distance, paired_difference, train_classifier)
 
 def points(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
@@ -147,7 +150,7 @@ def test_save_weights_there_and_back(tmp_path):
     (tmp_path/"c.safetensors").write_bytes((tmp_path/"a.safetensors").read_bytes()[:-1])
     (tmp_path/"d.safetensors").write_bytes(b"PK" + bytes(100))
     (tmp_path/"e.safetensors").write_bytes(evaluation.CLASSIFIER.read_bytes())     # no configuration
-    for name, message in (("b", "do not fit"), ("c", "cannot be read"), ("d", "cannot be read"), ("e", "must come from save_weights"), ("f", "cannot be read")):
+    for name, message in (("b", "do not fit"), ("c", "cannot be read"), ("d", "is damaged or no checkpoint"), ("e", "must come from save_weights"), ("f", "is not there")):
         with pytest.raises(CheckpointError, match=f"{name}.safetensors.*{message}"): load_model(tmp_path/f"{name}.safetensors")
 
 # --- the command ---
@@ -204,3 +207,77 @@ def test_too_few_real_images_is_said_before_anything_is_drawn(tmp_path, monkeypa
     np.savez(tmp_path/"bare.npz", arr_0=load_sample("train").images[:201].permute(0, 2, 3, 1).numpy())
     assert command(*QUICK, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"a.json") == 2
     assert "201 samples need as many real images" in capsys.readouterr().err and not (tmp_path/"a.json").exists()
+
+# --- two settings ---
+
+def test_paired_difference_is_the_paired_t_test():
+    "Mean and error give scipy's t; a shift that all seeds share changes neither; what is no set of pairs is refused."
+    one, other = points(7, 2).T.double().unbind()
+    for n in (2, 7):
+        mean, error = paired_difference(one[:n].tolist(), other[:n].tolist())
+        assert mean/error == pytest.approx(stats.ttest_rel(one[:n], other[:n]).statistic, rel=1e-9) and mean == pytest.approx((one[:n] - other[:n]).mean().item())
+    luck = 100*points(7, 1, 1)[:, 0].double()
+    assert paired_difference(one + luck, other + luck) == pytest.approx(paired_difference(one, other), rel=1e-9)
+    assert paired_difference(other, one)[0] == -paired_difference(one, other)[0]
+    with pytest.raises(ValueError, match="at least two pairs are needed, not 1"): paired_difference([0.1], [0.2])
+    with pytest.raises(ValueError, match="at least two pairs are needed, not 0"): paired_difference([], [])
+    with pytest.raises(ValueError, match="3 figures of one setting and 2 of the other"): paired_difference([1., 2., 3.], [1., 2.])
+
+# --- too few, other endings, other devices ---
+
+@pytest.mark.parametrize("n, code", [(1, 2), (3, 2), (19, 2), (20, 0)])
+def test_a_file_of_too_few_images_is_refused_by_a_sentence(tmp_path, capsys, n, code):
+    "As for --num_samples: 20 are needed; and the file is named."
+    np.savez(tmp_path/"few.npz", arr_0=load_sample("test").images[:n].permute(0, 2, 3, 1).numpy())
+    assert command(*QUICK, "--samples", tmp_path/"few.npz", "--output", tmp_path/"a.json") == code
+    said = capsys.readouterr().err
+    if code: assert f"few.npz: at least 20 images are needed, and there are {n}" in said and "Traceback" not in said
+    assert (tmp_path/"a.json").exists() == (code == 0)
+
+def test_endings_in_any_case(tmp_path):
+    ".NPZ and .Json are what .npz and .json are."
+    with (tmp_path/"real.NPZ").open("wb") as file: np.savez(file, arr_0=load_sample("test").images.permute(0, 2, 3, 1).numpy())
+    assert command(*QUICK, "--samples", tmp_path/"real.NPZ", "--output", tmp_path/"a.Json") == 0
+    assert json.loads((tmp_path/"a.Json").read_text())["num_images"] == 200
+    assert command(*QUICK, "--samples", tmp_path/"real.png") == command(*QUICK, "--output", tmp_path/"a.txt") == 2
+
+def test_train_classifier_on_another_device(monkeypatch):
+    "Weights, batches and autocast are on the device that was asked for; a step on the CPU would not run with weights elsewhere."
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda device, *_, **__: asked.append(device) or nullcontext())
+    found = train_classifier(load_sample("train"), epochs=1, device="meta")
+    assert {weight.device.type for weight in found.state_dict().values()} == set(asked) == {"meta"}
+    assert {weight.device.type for weight in train_classifier(load_sample("train")[:128], epochs=1).state_dict().values()} == {"cpu"}
+
+def test_look_at_follows_the_classifier():
+    "Images go to its device, batch by batch; what it has seen comes back to the CPU."
+    class Far(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.places = torch.nn.Parameter(torch.zeros(1, device="meta")), []
+        def features(self, x):
+            self.places.append(x.device.type)
+            return torch.zeros(len(x), 128)
+        def head(self, features): return torch.zeros(len(features), 10)
+    classifier = Far()
+    seen = look_at(load_sample("test").images, classifier, batch_size=100)
+    assert classifier.places == ["meta"]*2 and seen.features.device.type == seen.classes.device.type == "cpu"
+    if torch.cuda.is_available():
+        here, there = (look_at(load_sample("test").images, load_classifier().to(device)) for device in ("cpu", "cuda"))
+        assert there.features.device.type == "cpu" and torch.allclose(here.features, there.features, atol=1e-2)
+
+# --- tools/results.py ---
+
+def test_results_in_quick_form(tmp_path):
+    "Every setting and the real images for each seed, the same as `ddpm_evaluate` says; copies are found, mirrored ones are not; a second call draws nothing."
+    command_line = [sys.executable, Path(__file__).parent.parent/"tools"/"results.py", "--quick", "--seeds", "2", "--output", "found.json"]
+    run = lambda: subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert run().count("seed 1") == 5
+    result = json.loads((tmp_path/"found.json").read_text())
+    rows = {(row["what"], row["seed"]): row for row in result["rows"]}
+    assert len(rows) == 10 and rows["guidance 2", 0]["frechet_distance"] != rows["guidance 2", 1]["frechet_distance"]
+    assert command(*QUICK, "--guidance_scale", 2, "--seed", 1, "--output", tmp_path/"a.json") == 0
+    assert rows["guidance 2", 1]["frechet_distance"] == pytest.approx(json.loads((tmp_path/"a.json").read_text())["samples"]["frechet_distance"], rel=1e-6)
+    near = result["nearest"]
+    assert set(near["copies"]) == {0} and min(near["copies, one pixel to the right"]) > 0 and near["guidance 1.3"] == sorted(near["guidance 1.3"])
+    assert run().count("seed") == 0 and json.loads((tmp_path/"found.json").read_text()) == result

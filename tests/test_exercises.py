@@ -10,7 +10,7 @@ import torch
 from ddpm_tutorial.exercises import exercise
 
 LESSONS = [path for path in sorted((Path(__file__).parent.parent/"nbs").glob("[0-9]*.ipynb")) if not 95 <= int(path.name[:2]) <= 98]   # those are to look things up
-EMPTY = "Not yet: numbers or tensors are wanted, and this is nothing."
+EMPTY = r"Not yet\. Your function returned None\. Did you forget `return`\?"
 
 def parts(path):
     "For each checker: the empty function before it, itself, and the solution behind it. nbval compares what they print with what is stored (tests run them)."
@@ -31,6 +31,15 @@ def test_each_lesson_has_exercises(path):
         for cell in (checker, solution):
             assert cell["metadata"] == {"jupyter": {"source_hidden": True}, "tags": ["nbval-check-output"]}
             assert "".join(cell["source"]).startswith("#| code-summary: ")   # the line that is left of a folded cell in JupyterLab
+
+@pytest.mark.parametrize("path", [path for path in LESSONS if not path.name.startswith("90")], ids=lambda path: path.stem)   # programs with errors: one kind of its own
+def test_exercises_are_of_several_kinds(path):
+    "A guess, a derivation, an experiment: each exercise says what it is, and no lesson has one kind only."
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"]
+    headings = re.findall(r"(?m)^### (\d+)\. (.*)", "\n".join("".join(cell["source"]) for cell in cells))
+    kinds = [re.match(r"(Predict|Derive|Experiment): \S", words) for _, words in headings]
+    assert all(kinds), [words for (_, words), kind in zip(headings, kinds) if not kind]
+    assert [int(number) for number, _ in headings] == list(range(1, len(parts(path)) + 1)) and len({kind[1] for kind in kinds}) >= 2
 
 def test_forty_and_more(): assert sum(len(parts(path)) for path in LESSONS) >= 40
 

@@ -1,4 +1,5 @@
 """Fast samplers: step by step against diffusers and the papers' formulas, and against a flow that is known in closed form."""
+import itertools
 import math
 from functools import partial
 
@@ -13,6 +14,7 @@ from ddpm_tutorial.sampler import ddpm_steps, sample
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler, SchedulerConfig
 
 T, SHAPE = 100, (4, 1, 3, 3)
+even_log_snr = partial(dpm_solver_steps, spacing="log_snr")
 FAST = {"ddim": ddim_steps, "ddim, eta 1": partial(ddim_steps, eta=1.), "dpm++": dpm_solver_steps}
 
 
@@ -66,14 +68,15 @@ def test_ddim_step_by_step(float64, schedule, prediction_type, eta, clip, n):
     assert (clipped > 0) == clip
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 30, 99, 100])
+@pytest.mark.parametrize("spacing, n", [*(("time", n) for n in (1, 2, 3, 10, 30, 99, 100)), ("log_snr", 2), ("log_snr", 10)])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_dpm_solver_step_by_step(float64, schedule, prediction_type, clip, n):
+def test_dpm_solver_step_by_step(float64, schedule, prediction_type, clip, spacing, n):
     "Every step from the same x as diffusers with our times: first order at both ends, second between. It does not clip: it gets our x0."
     scheduler = scheduler_of(schedule, prediction_type)
-    steps, started = run_of(dpm_solver_steps, scheduler, torch.randn(SHAPE, generator=seeded(1)), n, clip_sample=clip)
+    steps, started = run_of(dpm_solver_steps, scheduler, torch.randn(SHAPE, generator=seeded(1)), n, clip_sample=clip, spacing=spacing)
+    assert [step.t for step in steps] == [t for t, _ in scheduler.timesteps(n, skip_zero=spacing == "time", spacing=spacing)]
     assert len(steps) == n and steps[0].t == T - 1
     theirs = peers.diffusers_dpm_solver(schedule, T, [step.t for step in steps], prediction_type="sample" if clip else prediction_type)
     for step, x in zip(steps, started, strict=True):
@@ -94,6 +97,68 @@ def test_times_of_dpm_solver(n):
     assert torch.equal(steps[-1].x, steps[-1].x0)
 
 
+def even_in_log_snr(betas, n, last):
+    "For each of n equal strides in the half log of the signal-to-noise ratio, the time that is nearest: one number at a time."
+    products = list(itertools.accumulate((1 - beta for beta in betas), lambda a, alpha: a*alpha))
+    lam = [math.log(a/(1 - a))/2 for a in products]
+    wanted = [lam[-1] + (lam[last] - lam[-1])*i/max(1, n - 1) for i in range(n)]
+    return [min(range(len(lam)), key=lambda t: abs(lam[t] - place)) for place in wanted]
+
+
+@pytest.mark.parametrize("spacing", ["time", "log_snr"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_pairs_for_every_length(schedule, spacing):
+    "For all T and n: n pairs that fall, from T-1 to clean data; where the nearest times in log-SNR all differ, they are those."
+    lengths = [*range(21, 34), 200] if schedule == "linear" else [1, 2, 3, *range(21, 34), 200]
+    for T, skip_zero in itertools.product(lengths, (False, True)):
+        scheduler, betas = SchedulerConfig(schedule, T).build(), reference.betas(schedule, T)
+        for n in range(1, T + 1) if T < 200 else (5, 12, 20, 60, 199, 200):
+            pairs = scheduler.timesteps(n, skip_zero, spacing)
+            times = [t for t, _ in pairs]
+            assert len(pairs) == n and times[0] == T - 1 and [prev_t for _, prev_t in pairs] == [*times[1:], -1]
+            assert all(prev_t < t for t, prev_t in pairs)
+            last = max(1, T//(4*n)) if skip_zero and n < T else 0
+            assert n == 1 or times[-1] == last
+            if spacing == "log_snr" and T in (1, 2, 30, 200):
+                nearest = even_in_log_snr(betas, n, last)
+                assert times == nearest or len(set(nearest)) < n
+
+
+def test_no_time_is_visited_twice():
+    "There are few times in a stride at either end: the nearest ones repeat, the list does not. Downwards, or upwards where there is no room."
+    for schedule, T, n, places, repeated, ours in (("cosine", 500, 10, slice(0, 4), [499, 499, 498, 496], [499, 498, 497, 496]),
+                                                   ("linear", 1000, 40, slice(-4, None), [3, 1, 1, 0], [3, 2, 1, 0])):
+        assert even_in_log_snr(reference.betas(schedule, T), n, 0)[places] == repeated
+        assert [t for t, _ in SchedulerConfig(schedule, T).build().timesteps(n, spacing="log_snr")][places] == ours
+
+
+@pytest.mark.parametrize("n", [2, 5, 10, 20, 40])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_log_snr_times_against_diffusers(schedule, n):
+    "`use_lu_lambdas`: the same noise levels, ours at the nearest time; on the linear schedule it rounds as ours does."
+    scheduler = SchedulerConfig(schedule, 1000).build()
+    theirs = peers.DPMSolverMultistepScheduler(1000, use_lu_lambdas=True, **peers.betas_of(schedule, 1000))
+    theirs.set_timesteps(n)
+    times = [t for t, _ in scheduler.timesteps(n, spacing="log_snr")]
+    if schedule == "linear" and n < 40: assert times == theirs.timesteps.tolist()         # with 40 it visits time 1 twice
+    a = scheduler.alphas_cumprod
+    log_sigmas = ((1 - a)/a).log()/2
+    nearest = [(log_sigmas - log_sigma).abs().argmin().item() for log_sigma in theirs.sigmas[:-1].double().log()]
+    assert all(t == near for t, near in zip(times, nearest) if 5 < near < 980)            # beyond, ours give way to one another
+
+
+def test_spacings_that_cannot_be():
+    "A name that is unknown, and a log-SNR that is infinite at the noisy or at the clean end."
+    with pytest.raises(ValueError, match="spacing must be 'time' or 'log_snr', not 'logSNR'"): NoiseScheduler.cosine(T).timesteps(5, spacing="logSNR")
+    with pytest.raises(ValueError, match="spacing must be"):
+        next(dpm_solver_steps(lively, NoiseScheduler.cosine(T), SHAPE, generator=seeded(), spacing="log"))
+    for place, beta in ((-1, 1.), (0, 1e-20)):
+        betas = NoiseScheduler.cosine(T).betas.clone()
+        betas[place] = beta
+        with pytest.raises(ValueError, match="spacing 'log_snr' needs"): NoiseScheduler(betas, "v_prediction").timesteps(5, spacing="log_snr")
+        assert len(NoiseScheduler(betas, "v_prediction").timesteps(5)) == 5
+
+
 def closed_form(betas, z, mean, std, t):
     "Where the flow has a point at time t that ends z standard deviations from the mean."
     a = reference.alpha_bar(betas, t)
@@ -102,14 +167,15 @@ def closed_form(betas, z, mean, std, t):
 
 class EqualStrides(NoiseScheduler):
     "The last leap, to clean data, is as long as the strides before it."
-    def timesteps(self, num_inference_steps, skip_zero=False):
+    def timesteps(self, num_inference_steps, **kwargs):
         *pairs, (t, _), _ = super().timesteps(num_inference_steps + 1)
         return [*pairs, (t, -1)]
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("method, order, grid", [(ddim_steps, 1, NoiseScheduler), (dpm_solver_steps, 2, EqualStrides), (dpm_solver_steps, 2, NoiseScheduler)])
+@pytest.mark.parametrize("method, order, grid", [(ddim_steps, 1, NoiseScheduler), (dpm_solver_steps, 2, EqualStrides),
+                                                 (dpm_solver_steps, 2, NoiseScheduler), (even_log_snr, 2, NoiseScheduler)])
 def test_order_of_convergence(method, order, grid, schedule, prediction_type):
     "Against the closed form, for pixels of three spreads: with four times the steps the error is divided by 4 or by 16, about."
     betas, scheduler = reference.betas(schedule, 1000), SchedulerConfig(schedule, 1000, prediction_type).build()
@@ -124,6 +190,22 @@ def test_order_of_convergence(method, order, grid, schedule, prediction_type):
         errors[n] = torch.stack(squares).mean().sqrt().item()
     assert 0.75*order < math.log(errors[20]/errors[80], 4) < 1.35*order
     assert errors[80] < (0.05 if order == 1 else 0.003 if grid is EqualStrides else 0.007)   # a nearer last leap keeps more detail, which bell curves have not
+
+
+@pytest.mark.parametrize("schedule, spacing, errors", [
+    ("linear", "time", {5: 0.1003, 10: 0.0894, 20: 0.0509, 40: 0.0192}), ("linear", "log_snr", {5: 0.1066, 10: 0.0425, 20: 0.0169, 40: 0.0043}),
+    ("cosine", "time", {10: 0.0333, 20: 0.0165, 40: 0.0057}), ("cosine", "log_snr", {10: 0.0163, 20: 0.0346, 40: 0.0101})])
+def test_error_of_two_spacings(schedule, spacing, errors):
+    "Against the closed form, seven spreads: even log-SNR wins on the linear schedule, and loses on the cosine one, which ends far below."
+    betas, scheduler = reference.betas(schedule, 1000), SchedulerConfig(schedule, 1000, "sample").build()
+    start, a = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None], reference.alpha_bar(betas, 999)
+    for n, expected in errors.items():
+        squares = []
+        for std in torch.linspace(0.3, 1.5, 7).tolist():
+            steps, _ = run_of(dpm_solver_steps, scheduler, start, n, reference.gaussian_denoiser(betas, "sample", 0.3, std), spacing=spacing)
+            z = (start - math.sqrt(a)*0.3)/math.sqrt(a*std**2 + 1 - a)
+            squares.append((steps[-1].x - closed_form(betas, z, 0.3, std, -1)).square().mean())
+        assert torch.stack(squares).mean().sqrt().item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", [ddim_steps, dpm_solver_steps])

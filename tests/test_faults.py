@@ -1,11 +1,15 @@
 "Signals, kills, limits, numbers that are none, folders in use, in real processes. What a run has learned stays."
+import contextlib
 import os
+import pty
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,7 +67,7 @@ PHASES = { # where the run is when the signal comes: the call that waits for it,
 def test_a_signal(launcher, data, whole, tmp_path, phase, group):
     "Saves, and ends within 10 s with the exit code of the signal; the run that goes on is to the last bit the one that was never stopped."
     before, step = PHASES[phase]
-    number = (signal.SIGINT, signal.SIGTERM)[(list(PHASES).index(phase) + group) % 2]
+    number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[(list(PHASES).index(phase) + group) % 3]
     process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), before)
     process.waits()
     logged = max(line["step"] for line in read_metrics(tmp_path/"run"))
@@ -74,7 +78,7 @@ def test_a_signal(launcher, data, whole, tmp_path, phase, group):
     assert launcher.run(tiny(data, tmp_path/"run", "--epochs", 2, "--resume")) == (0, "")
     assert_same(tmp_path/"run", whole)
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step(launcher, data, whole, tmp_path, number):
     "Nothing is lost, for there is nothing: the same command begins again."
     process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(train, 'load_data')")
@@ -105,7 +109,7 @@ def test_a_signal_while_wandb_is_at_work(launcher, data, whole, tmp_path):
     assert launcher.run(tiny(data, tmp_path/"run", "--epochs", 2, "--resume")) == (0, "")
     assert_same(tmp_path/"run", whole)
 
-@pytest.mark.parametrize("number, mode", [(signal.SIGINT, "grid"), (signal.SIGTERM, "progressive")])
+@pytest.mark.parametrize("number, mode", [(signal.SIGINT, "grid"), (signal.SIGTERM, "progressive"), (signal.SIGHUP, "grid")])
 def test_a_signal_to_the_sampling_command(launcher, whole, tmp_path, number, mode):
     "Ends within 10 s and leaves no file."
     args = drawing(whole, "--mode", mode, "--output", tmp_path/"new"/"a.png")
@@ -423,7 +427,64 @@ def test_debug_shows_the_traceback(launcher, data, tmp_path, module):
     code, err = launcher.run([*args, "--debug"], before, module)
     assert code == 1 and "Traceback" in err and "nobody foresaw it" in err
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def typed(data, folder, *args):
+    "`python -m ddpm_tutorial.train`, for one epoch unless told otherwise."
+    return [sys.executable, "-m", "ddpm_tutorial.train", *map(str, tiny(data, folder, "--epochs", 1, *args))]
+
+GONE = { # what a shell makes of the command line, and what is asked of the environment
+    "head": ("{} | head -1 >/dev/null", {}), "stderr closed": ("{} 2>&-", {}), "all closed": ("{} <&- >&- 2>&-", {}),
+    "full disk": ("{} >/dev/full 2>/dev/full", {}), "no UTF-8": ("{}", {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}),
+}
+
+@pytest.mark.parametrize("how", GONE)
+def test_the_output_goes_away(tmp_path, how):
+    "A pipe that nobody reads, a stream that is closed, letters that the terminal does not have: the run goes on, and leaves what it always leaves."
+    data = own_images(tmp_path/"own.npz")
+    with np.load(data) as file: np.savez(data, **file, classes=np.array([f"日本 {i}" for i in range(10)]))
+    line, variables = GONE[how]
+    command = "set -o pipefail; " + line.format(shlex.join(typed(data, tmp_path/"rün")))
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert newest(tmp_path/"rün")["step"] == 5 and [line["step"] for line in lines(tmp_path/"rün")] == [1, 2, 3, 4, 5, 5]
+    assert (tmp_path/"rün"/"report.html").exists() and nothing_half(tmp_path/"rün")
+    if how == "no UTF-8": assert "\\u65e5\\u672c 0" in done.stdout
+
+def test_a_terminal_that_is_closed(data, tmp_path):
+    "An SSH line that drops: the run saves and ends with the exit code of SIGHUP."
+    pid, terminal = pty.fork()
+    if pid == 0: os.execve(sys.executable, typed(data, tmp_path/"run", "--epochs", 100_000), {**os.environ, "OMP_NUM_THREADS": "1"})
+    step = lambda: len([line for line in lines(tmp_path/"run") if "loss" in line]) if (tmp_path/"run"/"metrics.jsonl").exists() else 0
+    os.set_blocking(terminal, False)
+    def read_on():
+        with contextlib.suppress(BlockingIOError): os.read(terminal, 10_000) # or it waits for room on the screen
+        return step() > 12
+    until(read_on)
+    logged, sent = step(), time.monotonic()
+    os.close(terminal)
+    found = until(lambda: os.waitpid(pid, os.WNOHANG)[1], 20)
+    assert os.waitstatus_to_exitcode(found) == 129 and time.monotonic() - sent < 10
+    assert load_latest(tmp_path/"run"/"checkpoints")[1]["step"] >= logged > 12
+
+def test_nohup(launcher, data, whole, tmp_path):
+    "Where SIGHUP is ignored, it stays so: the run goes on."
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "signal.signal(signal.SIGHUP, signal.SIG_IGN); pause(training, 'diffusion_loss', 4)")
+    process.waits()
+    send(process, signal.SIGHUP, True)
+    assert process.wait() == 0
+    assert_same(tmp_path/"run", whole)
+
+def test_sighup_twice(launcher, data, tmp_path):
+    "A terminal may say it twice, and nobody waits: the save is not cut short."
+    process = launcher.start(tiny(data, tmp_path/"run"), "pause(training, 'diffusion_loss', 4)")
+    process.waits()
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.wait(0.6) is None
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.wait(0.3) is None
+    process.go()
+    assert process.wait(10) == 129 and newest(tmp_path/"run")["step"] == 4
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_as_typed(data, tmp_path, number):
     "`python -m ddpm_tutorial.train` in a process group of its own, without any trick: the signal comes when it is well at work."
     args = tiny(data, tmp_path/"run", "--epochs", 100_000)

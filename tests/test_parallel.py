@@ -215,7 +215,7 @@ def test_torchrun_and_a_process_that_is_killed(data, tmp_path, rank):
     saved = load_latest(tmp_path/"run"/"checkpoints")[1]["step"]
     assert saved >= (logged if rank == "1" else logged//3*3 - 3) # the leader saves at the end of each epoch of 3 steps
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_torchrun_and_a_signal_to_the_group(data, tmp_path, number):
     "As from a terminal: all get it, and torchrun passes it on once more. The run saves and ends within 10 s."
     process = torchrun(data, tmp_path/"run")

@@ -1,12 +1,14 @@
 """Sampling: against an exact recursion where the best denoiser is known, and what guidance does with labels."""
+import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 import reference
-from ddpm_tutorial.sampler import Step, ddpm_steps, first_noise, guided, imagine, sample
+from ddpm_tutorial.sampler import Step, conditions_for, ddpm_steps, first_noise, guided, imagine, predict, sample, save_gif, snapshots
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
@@ -217,3 +219,64 @@ def test_label_changes_the_samples(scale, matters):
     one, other = (sample(model, scheduler, SHAPE, generator=seeded(), labels=labels) for labels in (LABELS, torch.tensor([0, 1, 2, 9])))
     changed = (one - other).flatten(1).abs().amax(dim=1)
     assert (changed[:3] < 1e-5).all() and (changed[3] > 1e-2) == matters
+
+
+WRONG_OUTPUTS = {"twice the channels": lambda x: torch.cat([x, x], dim=1), "one image": lambda x: x[:1], "one row of pixels": lambda x: x[:, :, :1],
+                 "whole numbers": lambda x: x.long(), "a pair": lambda x: (x, x)}
+
+@pytest.mark.parametrize("output", WRONG_OUTPUTS.values(), ids=WRONG_OUTPUTS)
+def test_output_of_another_kind_is_refused(output):
+    "Broadcast or rounded by nobody: neither by a sampler nor by guidance at any scale; the message names the shape that is wanted."
+    scheduler, x, t = NoiseScheduler.cosine(5), torch.randn(SHAPE, generator=seeded()), torch.zeros(4, dtype=torch.long)
+    def model(x, t, labels=None): return output(x)
+    calls = [lambda: predict(model, x, t, {}), lambda: imagine(model, scheduler, x, 3, True, {}), lambda: sample(model, scheduler, SHAPE, generator=seeded()),
+             *(lambda scale=scale: guided(model, scale, {"labels": 10})(x, t, labels=LABELS) for scale in (0., 1., 2.))]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"the model's output is .*must be floating point \([48], 1, 8, 8\)"): call()
+
+
+def test_half_precision_output_is_taken():
+    "Floating point of any kind, in its own type."
+    x, t = torch.randn(SHAPE, generator=seeded()), torch.zeros(4, dtype=torch.long)
+    for kind in (torch.float64, torch.float32, torch.bfloat16): assert predict(lambda x, t, kind=kind: x.to(kind), x, t, {}).dtype == kind
+
+
+@pytest.mark.parametrize("shape", [4, (), (4., 1, 8, 8), ("4", 1), (0, 1, 8, 8), (4, -1, 8, 8), None], ids=str)
+def test_shape_must_be_whole_numbers(shape):
+    "From 1 on, as a tuple, a list or a `torch.Size`; of the samples, of conditions and of given noise."
+    for call in (lambda: sample(small_unet(0), NoiseScheduler.cosine(5), shape, generator=seeded()), lambda: conditions_for({}, shape, "cpu"),
+                 lambda: first_noise(torch.zeros(SHAPE), shape, None)):
+        with pytest.raises(ValueError, match="shape must be whole numbers"): call()
+    for right in (SHAPE, list(SHAPE), torch.Size(SHAPE), tuple(np.array(SHAPE))): assert conditions_for({}, right, "cpu") == {}
+
+
+def test_noise_must_be_floating_point():
+    "Whole numbers would make a sample of whole numbers."
+    for noise in (torch.zeros(SHAPE, dtype=torch.long), torch.zeros(SHAPE, dtype=torch.uint8), np.zeros(SHAPE)):
+        with pytest.raises(TypeError, match="noise must be floating point"):
+            sample(lambda x, t: x*0, NoiseScheduler.cosine(5), SHAPE, generator=seeded(), noise=noise)
+
+
+@pytest.mark.parametrize("scale", [0., 1., 2.])
+def test_guidance_needs_a_row_for_each_sample(scale):
+    "One label for four images is refused when the guided model is called directly, too; so is a label that is no tensor."
+    model, x, t = guided(small_unet(), scale, {"labels": 10}), torch.zeros(SHAPE), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="there are 4 samples"): model(x, t, labels=LABELS[:1])
+    for labels in (3, [0, 1, 2, 3], None):
+        with pytest.raises(ValueError, match="labels must be a tensor, one row for each sample"): model(x, t, labels=labels)
+
+
+def test_snapshots_counts_in_whole_numbers():
+    steps = lambda: (Step(t, torch.tensor(t), None) for t in range(10))
+    assert snapshots(steps(), 10, 5).tolist() == [1, 3, 5, 7, 9]
+    for wrong in (0, 11, 2.5, "3"):
+        with pytest.raises(ValueError, match="num_snapshots must be in 1 ... 10, a whole number"): snapshots(steps(), 10, wrong)
+
+
+def test_gif_frames_of_another_kind_are_refused():
+    "An array, floats, channels that a GIF cannot show (of four, one would be dropped), no frames."
+    save_gif(io.BytesIO(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    for frames in (np.zeros((2, 1, 8, 8), dtype=np.uint8), torch.zeros(2, 1, 8, 8)):
+        with pytest.raises(TypeError, match="a tensor of uint8 frames"): save_gif(io.BytesIO(), frames)
+    for shape in ((2, 4, 8, 8), (2, 2, 8, 8), (2, 8, 8), (0, 1, 8, 8)):
+        with pytest.raises(ValueError, match="frames must be"): save_gif(io.BytesIO(), torch.zeros(shape, dtype=torch.uint8))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import reference
 from ddpm_tutorial.sampler import ddpm_steps
-from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig, cosine_betas, linear_betas
+from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig, check_batch, cosine_betas, linear_betas
 from peers import diffusers_scheduler
 
 CASES = [("linear", 1000), ("linear", 50), ("cosine", 1000), ("cosine", 50)]
@@ -218,6 +218,78 @@ def test_zero_terminal_snr():
 def test_what_cannot_work_is_refused(make, message):
     "At once, with a message that names the field."
     with pytest.raises(ValueError, match=message): make()
+
+
+def test_betas_that_are_no_tensor_are_refused():
+    "A list or an array has no torch type that could be named."
+    for betas in ([0.1, 0.2], linear_betas(50).numpy()):
+        with pytest.raises(TypeError, match="betas must be a tensor, not"): NoiseScheduler(betas)
+
+
+IMAGES = {"add_noise": ("x0", "noise"), "velocity": ("x0", "noise"), "target": ("x0", "noise"), "to_x0_and_noise": ("output", "x_t"), "posterior": ("x0", "x_t")}
+each_method = pytest.mark.parametrize("method", IMAGES)
+each_prediction = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+
+
+@each_method
+@each_prediction
+def test_images_that_do_not_fit_are_refused(method, prediction_type):
+    "Whole numbers would be multiplied by coefficients that are rounded to 0, and shapes that differ would be broadcast."
+    call, t = getattr(NoiseScheduler.cosine(50, prediction_type=prediction_type), method), torch.tensor([0, 7, 49])
+    x = torch.zeros(3, 1, 4, 4)
+    call(x, x, t)
+    for place, name in enumerate(IMAGES[method]):
+        both = lambda other: [other if i == place else x for i in range(2)]
+        for dtype in (torch.uint8, torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(TypeError, match=f"{name} must be floating point, not {dtype}"): call(*both(x.to(dtype)), t)
+        with pytest.raises(TypeError, match=f"{name} must be floating point, not float32"): call(*both(x.numpy()), t)
+        for other in (x[:1], x[:2], x[0], x[..., :1], x.expand(3, 2, 4, 4), x.flatten(1), x[..., None]):
+            with pytest.raises(ValueError, match="must have the same shape"): call(*both(other), t)
+
+
+@each_method
+@each_prediction
+def test_times_that_do_not_fit_are_refused(method, prediction_type):
+    "One time for every image, int64; for `posterior` the earlier time too."
+    call, t = getattr(NoiseScheduler.cosine(50, prediction_type=prediction_type), method), torch.tensor([9, 7, 49])
+    x = torch.zeros(3, 1, 4, 4)
+    wrong_types, wrong_shapes = (t.int(), t.float(), t > 8, 7, [9, 7, 49], t.numpy()), (t[:1], t[:2], torch.tensor(7), t[:, None])
+    for wrong in wrong_types:
+        with pytest.raises(TypeError, match=r"^t must be int64 \(B,\), not "): call(x, x, wrong)
+    for wrong in wrong_shapes:
+        with pytest.raises(ValueError, match=r"^t must be \(B,\), one time for each image, not "): call(x, x, wrong)
+    if method != "posterior": return
+    call(x, x, t, t - 3)
+    for wrong in wrong_types:
+        with pytest.raises(TypeError, match=r"^prev_t must be int64"): call(x, x, t, wrong)
+    for wrong in wrong_shapes:
+        with pytest.raises(ValueError, match=r"^prev_t must be \(B,\)"): call(x, x, t, wrong)
+
+
+def test_times_alone_are_checked():
+    "By the two methods that take no images; `alpha_bar` may be asked for any number of times."
+    scheduler = NoiseScheduler.cosine(50)
+    x, t = torch.zeros(3, 1, 4, 4), torch.tensor([3, -1])
+    assert scheduler.alpha_bar(t, x).shape == (2, 1, 1, 1) and scheduler.snr(t).shape == (2,)
+    for ask in (scheduler.snr, lambda t: scheduler.alpha_bar(t, x)):
+        for wrong in (t.float(), t.int(), 3, [3]):
+            with pytest.raises(TypeError, match="^t must be int64"): ask(wrong)
+        for wrong in (torch.tensor(3), t[:, None]):
+            with pytest.raises(ValueError, match=r"^t must be \(B,\), one time for each image, not [^{]*$"): ask(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 1, 4, 4), (3, 2, 1, 4, 4), (0, 1, 4, 4)])
+def test_what_fits_is_taken(dtype, shape):
+    "Points, images, videos, an empty batch, in every floating type: what comes out is of the same type and shape."
+    x, t = torch.ones(shape, dtype=dtype), torch.full(shape[:1], 9)
+    for prediction_type in PREDICTION_TYPES:
+        scheduler = NoiseScheduler.cosine(50, prediction_type=prediction_type)
+        for method in IMAGES:
+            out = getattr(scheduler, method)(x, x, t)
+            first = out[0] if isinstance(out, tuple) else out
+            assert (first.dtype, first.shape) == (x.dtype, x.shape)
+    check_batch({"x0": x}, t=t, prev_t=t - 1)
 
 
 def test_scheduler_is_no_module():

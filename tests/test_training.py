@@ -293,7 +293,63 @@ def test_bf16_keeps_weights_and_loss_in_fp32():
 
 @pytest.mark.parametrize("settings", [dict(epochs=0), dict(batch_size=0), dict(max_steps=0), dict(lr=0.), dict(lr=math.nan), dict(lr=math.inf),
                                       dict(grad_clip=0.), dict(weight_decay=-1.), dict(warmup_steps=-1), dict(label_dropout=1.),
-                                      dict(ema_decay=1.), dict(ema_decay=-0.1), dict(seed=-1)])
+                                      dict(ema_decay=1.), dict(ema_decay=-0.1), dict(seed=-1), dict(epochs=2.5), dict(batch_size=32.),
+                                      dict(max_steps=1.5), dict(warmup_steps="3"), dict(seed=None)])
 def test_what_cannot_work_is_refused(settings):
     "When the config is made, naming the field."
     with pytest.raises(ValueError, match=next(iter(settings))): TrainConfig(**settings)
+
+
+IMAGES, TIMES = torch.zeros(3, 1, 8, 8), torch.tensor([0, 20, 49])
+
+@pytest.mark.parametrize("output", [lambda x: torch.cat([x, x], dim=1), lambda x: x[:1], lambda x: x[:, :, :1], lambda x: x.long(), lambda x: (x, x)],
+                         ids=["twice the channels", "one image", "one row of pixels", "whole numbers", "a pair"])
+def test_loss_of_another_shape_is_refused(output):
+    "A prediction that is no more than broadcast to the target, or rounded, has no loss."
+    with pytest.raises(ValueError, match=r"the model's output is .*must be floating point \(3, 1, 8, 8\)"):
+        diffusion_loss(lambda x, t: output(x), SCHEDULER, IMAGES, t=TIMES, noise=IMAGES)
+
+
+@pytest.mark.parametrize("change, says", [(dict(x0=IMAGES.byte()), "x0 must be floating point"), (dict(x0=IMAGES.long(), noise=IMAGES.long()), "x0 must be floating point"),
+                                          (dict(noise=IMAGES[:1]), "same shape"), (dict(noise=IMAGES.long()), "noise must be floating point"),
+                                          (dict(t=TIMES.float()), "t must be int64"), (dict(t=TIMES.int()), "t must be int64"), (dict(t=TIMES[:1]), "t must be"),
+                                          (dict(t=TIMES[:, None]), "t must be"), (dict(t=TIMES + 1), "t must be in"), (dict(labels=TIMES[:1]), "there are 3 samples")])
+def test_loss_of_what_does_not_fit_together(change, says):
+    "Images, noise, times and conditions: the message names which."
+    arguments = dict(x0=IMAGES, t=TIMES, noise=IMAGES, labels=TIMES) | change
+    with pytest.raises((TypeError, ValueError), match=says): diffusion_loss(lambda x, t, labels: x, SCHEDULER, arguments.pop("x0"), **arguments)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4), torch.eye(4, dtype=torch.long), torch.tensor(3), torch.zeros(4, dtype=torch.int32)], ids=["floats", "one-hot", "one", "int32"])
+def test_drop_labels_refuses_other_labels(labels):
+    "Of one-hot labels, single digits would be dropped."
+    with pytest.raises(ValueError, match=r"labels must be int64 \(B,\)"): drop_labels(labels, 10, 0.5, random_generator(0))
+
+
+def test_average_of_another_network_is_refused():
+    "Also where the weights would broadcast; nothing is changed before."
+    class Counter(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.register_buffer("count", value)
+    pairs = [(nn.Linear(3, 2), nn.Linear(3, 1)), (nn.Linear(3, 2), nn.Linear(3, 2).double()), (nn.Linear(3, 2), nn.Linear(3, 2, bias=False)),
+             (Counter(torch.zeros(2)), Counter(torch.zeros(1))), (Counter(torch.zeros(2).long()), Counter(torch.zeros(2)))]
+    for average, other in pairs:
+        before = copy.deepcopy(average.state_dict())
+        with pytest.raises(ValueError, match="start it as a copy of the model"): update_ema(average, other, 0.5)
+        assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+
+
+def test_precision_must_be_known():
+    "Another name would train in fp32 in silence."
+    for precision in ("fp16", "BF16", torch.bfloat16, None):
+        with pytest.raises(ValueError, match="precision must be fp32 or bf16"): next(train_steps(fresh_state(), FEW, SCHEDULER, CONFIG, precision))
+        with pytest.raises(ValueError, match="precision must be fp32 or bf16"): validation_loss(fresh_state().ema, FEW, SCHEDULER, precision=precision)
+
+
+def test_batch_larger_than_the_data_is_refused():
+    "Before the first step; as many as there are is fine."
+    config = TrainConfig(epochs=1, batch_size=51)
+    with pytest.raises(ValueError, match="batch_size is 51, but there are only 50 images"): next(train_steps(fresh_state(config=config), FEW, SCHEDULER, config))
+    config = TrainConfig(epochs=1, batch_size=50)
+    assert len(next(train_steps(fresh_state(config=config), FEW, SCHEDULER, config)).losses) == 50

@@ -66,6 +66,14 @@ def test_online(server, tmp_path):
     sent = [line["_step"] for line in server.runs[name].history if "loss" in line]
     assert sent == [1, 2, 3, 4, 5, 6] and complete(folder)
 
+def test_the_variables_of_wandb_overrule(server, tmp_path):
+    "`WANDB_PROJECT`, `WANDB_NAME`, `WANDB_RUN_ID` and `WANDB_DIR`, with `~` written out."
+    process, _, _ = run(tmp_path/"run", WANDB_PROJECT="mine", WANDB_NAME="night", WANDB_RUN_ID="abc123", WANDB_DIR="~/tracked", **server.environment)
+    assert process.returncode == 0 and not warned(process), process.err
+    (name, sent), = server.runs.items()
+    assert sent.project == "mine" and sent.name == "night" and name == "abc123"
+    assert list((tmp_path/"tracked").rglob("*.wandb")) and not list((tmp_path/"run").rglob("*.wandb")) and complete(tmp_path/"run")
+
 @pytest.mark.parametrize("trouble", ["silent", "errors", "gone"])
 def test_a_server_that_is_not_there(server, tmp_path, trouble):
     "From the start: one warning, the run is tracked offline."

@@ -227,7 +227,7 @@ COLUMNS = {   # head: (field that the race must have, cell)
     "the other": ("others", lambda r: ", ".join(f"{variant} {speed:,.0f}" for variant, speed in r["others"].items())),
     "ours is × as fast (round by round)": ("ratio", lambda r: f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"),
     "parameters": ("parameters", lambda r: f"{r['parameters']:,}"), "MFLOP/image": ("flops", lambda r: f"{r['flops']/1e6:,.0f}"),
-    "of the matmul peak, GFLOP/s": ("peak_share", lambda r: f"{100*r['peak_share']:.0f} % of {r['peak_flops']/1e9:,.0f}"), "MiB": ("memory_mib", lambda r: f"{r['memory_mib']:,}")}
+    "of a matrix product, GFLOP/s": ("peak_share", lambda r: f"{100*r['peak_share']:.0f} % of {r['peak_flops']/1e9:,.0f}"), "MiB": ("memory_mib", lambda r: f"{r['memory_mib']:,}")}
 
 def table(rows):
     "One race as Markdown."
