@@ -17,7 +17,7 @@ def test_sampling_quality(tmp_path):
     said = run(*command, cwd=tmp_path)
     result = json.loads((tmp_path/"found.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert rows.keys() == {"real", "ddpm", "ddim", "dpm++"} and result["num_samples"] == 40
+    assert rows.keys() == {"real", "ddpm", "ddim", "dpm++", "dpm++ log_snr", "dpm++ whole stride"} and result["num_samples"] == 40
     assert all(row["frechet_distance"] > 0 and 0 <= row["class_agreement"] <= 1 for row in rows.values())
     assert f"{rows['ddim']['frechet_distance']:.4f}" in said
     assert "seed 0" not in run(*command, cwd=tmp_path) and json.loads((tmp_path/"found.json").read_text()) == result
