@@ -89,8 +89,14 @@ def exercise(
         return f"Not yet, in case {i + 1} of {len(cases)}, given {', '.join(map(short, cases[i]))}" if cases[i] else "Not yet"
 
     def ours(): # what to compare a guess or a measurement with
-        if not all(isinstance(value, Tensor) and value.numel() == 1 for value in right): return "no further off than is allowed here"
-        return "we got " + ", ".join(f"{value.item():.3g}" if abs(value) < 1000 else f"{value.item():,.0f}" for value in right)
+        if not all(isinstance(value, Tensor) and value.numel() <= 3 for value in right): return "no further off than is allowed here"
+        numbers = [number for value in right for number in value.flatten().tolist()]
+        return "we got " + ", ".join(f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}" for number in numbers)
+
+    def apart(one, other): # a guess is told the direction only: with the distance the next guess would be right
+        guesses = eps >= 0.01 and all(isinstance(value, Tensor) and value.numel() == 1 and value.isfinite().all() for value in (one, other))
+        if guesses and not difference(one, other, eps): return None
+        return f"It is too {'small' if one.item() < other.item() else 'large'}." if guesses else difference(one, other, eps)
 
     def verdict(answer):
         returned, all_cases = [], f"in {len(cases)} of {len(cases)} cases"
@@ -103,8 +109,8 @@ def exercise(
         if not difference(found, right, 0): return f"Exact, {all_cases}."
         if not difference(found, right, eps): return f"Close enough, {all_cases}: {'what is left is rounding' if eps < 0.01 else ours()}."
         for hint, wrong in mistakes.items():
-            if not difference(found, wrong, eps): return f"Not yet. {hint}"
-        i, words = next((i, words) for i, pair in enumerate(zip(found, right)) if (words := difference(*pair, eps)))
+            if not difference(found, wrong, min(eps, 0.02)): return f"Not yet. {hint}"
+        i, words = next((i, words) for i, pair in enumerate(zip(found, right)) if (words := apart(*pair)))
         return f"{so_far(i)}: your function returned {short(returned[i])}. {words}"
 
     def check(answer):
