@@ -8,7 +8,7 @@ from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
-from ddpm_tutorial.unet import Stage, UNet
+from ddpm_tutorial.unet import Block, Downsample, UNet, Upsample
 
 import reference
 
@@ -113,7 +113,7 @@ def mirrored_unet(ours: UNet):
     for part in nn.ModuleList([ends, *(module for step in down + up for module in (step if isinstance(step, tuple) else [step]) if module is not None)]):
         for parameter in part.parameters(): nn.init.constant_(parameter, torch.nan)          # one that is forgotten shows
         part.double().eval().requires_grad_(False)
-    for mine, its in [*same_ends(ours, ends), *same_steps(ours.down, layers(down)), *same_steps(ours.up, layers(up))]:
+    for mine, its in [*same_ends(ours, ends), *same_steps(ours, "down", layers(down)), *same_steps(ours, "up", layers(up))]:
         its.load_state_dict(mine if isinstance(mine, dict) else mine.state_dict())
 
     def forward(x, t, labels):
@@ -137,7 +137,7 @@ def same_ends(ours, theirs):
     yield ours.time_embedding.linear_2, theirs.time_embedding.linear_2
     if ours.class_embedding is not None: yield ours.class_embedding, theirs.class_embedding
     yield ours.conv_in, theirs.conv_in
-    yield from same_steps(ours.middle, [(theirs.mid_block.resnets[0], theirs.mid_block.attentions[0]), (theirs.mid_block.resnets[1], None)])
+    yield from same_steps(ours, "middle", [(theirs.mid_block.resnets[0], theirs.mid_block.attentions[0]), (theirs.mid_block.resnets[1], None)])
     yield ours.norm_out, theirs.conv_norm_out
     yield ours.conv_out, theirs.conv_out
 
@@ -145,8 +145,8 @@ def same_ends(ours, theirs):
 def same_layers(ours, theirs):
     "Pairs of layers (or of a state of ours and a layer of theirs) that do the same."
     yield from same_ends(ours, theirs)
-    yield from same_steps(ours.down, [step for block in theirs.down_blocks for step in steps(block, block.downsamplers)])
-    yield from same_steps(ours.up, [step for block in theirs.up_blocks for step in steps(block, block.upsamplers)])
+    yield from same_steps(ours, "down", [step for block in theirs.down_blocks for step in steps(block, block.downsamplers)])
+    yield from same_steps(ours, "up", [step for block in theirs.up_blocks for step in steps(block, block.upsamplers)])
 
 
 def steps(block, resizers):
@@ -155,13 +155,18 @@ def steps(block, resizers):
     return [*zip(block.resnets, attentions, strict=True), *(resizer.conv for resizer in resizers or [])]
 
 
-def same_steps(mine, its):
-    "Pairs of layers in two sequences of stages and changes of size."
-    for one, other in zip(mine, its, strict=True):
-        if not isinstance(one, Stage):
+def our_steps(ours, part):
+    "The blocks and changes of size on the way down, in the middle or on the way up, in the order in which they run."
+    return [layer for layer in getattr(ours, part).modules() if isinstance(layer, (Block, Downsample, Upsample))]
+
+
+def same_steps(ours, part, its):
+    "Pairs of layers in two sequences of blocks and changes of size."
+    for one, other in zip(our_steps(ours, part), its, strict=True):
+        if not isinstance(one, Block):
             yield one, other
             continue
-        (block, attention), (resnet, attn) = (one.block, one.attention), other
+        (block, attention), (resnet, attn) = (one.residual, one.attention), other
         yield block.norm_1, resnet.norm1
         yield block.conv_1, resnet.conv1
         yield block.norm_2.proj, resnet.time_emb_proj

@@ -1,4 +1,6 @@
 """Embeddings, norms and the U-Net: against torch functional and against diffusers with the same weights."""
+import copy
+
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
@@ -7,8 +9,9 @@ from torch.testing import assert_close
 
 from ddpm_tutorial.attention import AttentionBlock
 from ddpm_tutorial.embeddings import AdaGN, ClassEmbedding, group_norm, sinusoidal_embedding
-from ddpm_tutorial.unet import Downsample, ResBlock, Stage, UNet, UNetConfig, Upsample
-from peers import diffusers_unet, double, mirrored_unet, randomised
+from ddpm_tutorial.checkpoint import PRETRAINED, load_weights
+from ddpm_tutorial.unet import Block, Downsample, ResBlock, UNet, UNetConfig, Upsample
+from peers import diffusers_unet, double, mirrored_unet, our_steps, randomised
 
 EXACT = dict(rtol=0, atol=1e-12)    # float64 on both sides, one layer
 ODD = {"28 with four levels": UNetConfig(base_channels=16, channel_multipliers=(1, 1, 2, 2), num_groups=4, head_dim=8, mirrored=False),
@@ -133,14 +136,14 @@ def test_every_resolution_is_reached(name):
     config, seen = ODD[name], {"down": [], "up": []}
     model = randomised(UNet(config))
     for part in seen:
-        for layer in getattr(model, part):
-            if isinstance(layer, Stage): layer.register_forward_hook(lambda layer, args, out, part=part: seen[part].append(out.shape[-1]))
+        for layer in our_steps(model, part):
+            if isinstance(layer, Block): layer.register_forward_hook(lambda layer, args, out, part=part: seen[part].append(out.shape[-1]))
     x, t, labels = inputs(config)
     assert model(x.float(), t, labels).shape == x.shape
     expected = {"28 with four levels": [28, 14, 7, 4], "29": [29, 15, 8], "30 in patches of 2": [15, 8]}[name]
     assert list(config.resolutions) == expected
     assert seen["down"] == expected and seen["up"] == [size for size in reversed(expected) for _ in range(1 if config.mirrored else 2)]
-    attends = [isinstance(layer.attention, AttentionBlock) for layer in model.down if isinstance(layer, Stage)]
+    attends = [isinstance(layer.attention, AttentionBlock) for layer in our_steps(model, "down") if isinstance(layer, Block)]
     assert attends == [size in config.attention_resolutions for size in expected]
 
 
@@ -179,11 +182,13 @@ def test_time_and_label_reach_the_output():
 
 
 def test_a_label_is_never_ignored():
-    "A model without classes refuses labels, and one with classes refuses those that it does not know."
+    "A model without classes refuses labels, one with classes refuses those that it does not know, and none takes a context."
     x, t, labels = torch.zeros(1, 1, 28, 28), torch.tensor([0]), torch.tensor([3])
     small = dict(base_channels=8, channel_multipliers=(1,), attention_resolutions=(), head_dim=8, num_groups=4)
     with pytest.raises(ValueError, match="knows no classes"): UNet(UNetConfig(num_classes=0, **small))(x, t, labels)
     with pytest.raises(IndexError): UNet(UNetConfig(num_classes=3, **small))(x, t, labels + 1)
+    with pytest.raises(ValueError, match="no cross-attention"): UNet(UNetConfig(num_classes=3, **small))(x, t, labels, torch.zeros(1, 7, 32))
+    assert UNet(UNetConfig(num_classes=3, **small)).null_cond == {"labels": 3} and UNet(UNetConfig(num_classes=0, **small)).null_cond == {}
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -199,3 +204,88 @@ def test_a_label_is_never_ignored():
 def test_what_cannot_be_built_is_refused(settings, message):
     "When the config is made, naming the field."
     with pytest.raises(ValueError, match=message): UNetConfig(**settings)
+
+
+OLD = {"small": UNetConfig(),
+       "mirrored, two blocks, attention": UNetConfig(base_channels=16, channel_multipliers=(2, 1, 3), num_res_blocks=2,
+                                                     attention_resolutions=(14, 7), head_dim=8, feed_forward=False),
+       "as in DDPM": UNetConfig(base_channels=16, channel_multipliers=(1, 2), mirrored=False, head_dim=8, attention="linear"),
+       "as in DDPM, three blocks, attention, no classes": UNetConfig(num_classes=0, base_channels=16, channel_multipliers=(1, 2, 3, 1), num_res_blocks=3,
+                                                                     mirrored=False, attention_resolutions=(28, 4), head_dim=8),
+       "one level in patches": UNetConfig(patch_size=2, base_channels=16, channel_multipliers=(2,), head_dim=8)}
+
+
+SUMS = [("small", 14.046556, 4466.017143), ("mirrored, two blocks, attention", 26.381889, 3238.775899), ("as in DDPM", -29.181705, 1668.001656),
+        ("as in DDPM, three blocks, attention, no classes", -12.495102, 4298.166711), ("one level in patches", -2.397021, 1340.800496)]
+
+
+def both(*names): return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+
+
+def old_names(config):
+    "What version 0.7 called the weights, in the order of its `parameters()`, which is the order in which its optimizer counts them."
+    def stage(name, changes_width, attends):
+        yield from both(*(f"{name}.block.{layer}" for layer in ("norm_1", "conv_1", "norm_2.norm", "norm_2.proj", "conv_2")))
+        if changes_width: yield from both(f"{name}.block.shortcut")
+        if not attends: return
+        yield from both(*(f"{name}.attention.{layer}" for layer in ("norm", "attention.to_qkv", "attention.to_out")))
+        if config.feed_forward: yield from both(*(f"{name}.attention.feed_forward.{layer}" for layer in ("0", "1.conv_1", "1.conv_2")))
+    yield from both("time_embedding.linear_1", "time_embedding.linear_2")
+    if config.num_classes: yield "class_embedding.weight"
+    yield from both("conv_in")
+    widths, channels, number = [config.base_channels*m for m in config.channel_multipliers], config.base_channels, 0
+    attends = [size in config.attention_resolutions for size in config.resolutions]
+    for level, width in enumerate(widths):
+        for _ in range(config.num_res_blocks):
+            yield from stage(f"down.{number}", channels != width, attends[level])
+            channels, number = width, number + 1
+        if level + 1 < len(widths): yield from both(f"down.{(number := number + 1) - 1}")
+    yield from [*stage("middle.0", False, True), *stage("middle.1", False, False)]
+    number = 0
+    for level in reversed(range(len(widths))):
+        for _ in range(config.num_res_blocks + (not config.mirrored)):
+            yield from stage(f"up.{number}", True, attends[level])     # a skip lies beside its input, so the width changes
+            number += 1
+        if level: yield from both(f"up.{(number := number + 1) - 1}")
+    yield from both("norm_out", "conv_out")
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_weights_with_old_names_are_loaded(name):
+    "Each goes where it belongs, and the dictionary stays as it is; a copy and a wrapped model load them, too. What is left over is refused."
+    config = OLD[name]
+    model, (x, t, labels) = randomised(UNet(config)), inputs(config)
+    labels = labels if config.num_classes else None
+    names, weights = [*old_names(config)], [weight.detach().clone() for weight in model.parameters()]
+    old = dict(zip(names, weights, strict=True))
+    out = model(x.float(), t, labels)
+    assert out.std() > 0.01
+    for other in (UNet(config), copy.deepcopy(UNet(config))):
+        assert other.load_state_dict(old, strict=True) == ([], []) and [*old] == names
+        for found, wanted in zip(other.parameters(), weights, strict=True): assert torch.equal(found, wanted)
+        assert torch.equal(other.eval()(x.float(), t, labels), out)
+        assert other.load_state_dict(model.state_dict(), strict=True) == ([], [])
+    wrapped = torch.nn.Sequential(UNet(config))
+    assert wrapped.load_state_dict({f"0.{key}": weight for key, weight in old.items()}, strict=True) == ([], [])
+    del old["middle.0.block.conv_1.weight"]
+    with pytest.raises(RuntimeError, match="middle.blocks.0.residual.conv_1.weight"): UNet(config).load_state_dict(old)
+    old["middle.2.block.conv_1.weight"] = weights[0]
+    with pytest.raises(RuntimeError, match="middle.2.block.conv_1.weight"): UNet(config).load_state_dict(old)
+
+
+def test_the_weights_of_the_package_have_old_names():
+    "They were saved by version 0.7: the list above is what its file holds."
+    stored = load_weights(PRETRAINED["small"])
+    assert set(stored["ema"]) == {*old_names(stored["config"].model)}
+    model = UNet(stored["config"].model)
+    assert model.load_state_dict(stored["ema"], strict=True) == ([], [])
+    for name, weight in zip(old_names(model.config), model.parameters(), strict=True): assert torch.equal(weight, stored["ema"][name])
+
+
+@pytest.mark.parametrize("name, total, of_squares", SUMS)
+def test_what_a_seed_draws(name, total, of_squares):
+    "The order in which layers are made has not changed since version 0.7: it decides what a seed draws. Sums over all weights, from 0.7."
+    torch.manual_seed(0)
+    weights = torch.cat([weight.detach().double().flatten() for weight in UNet(OLD[name]).parameters()])
+    steps = torch.arange(len(weights), dtype=torch.float64).cos()          # so that places count, not only values
+    assert_close(torch.stack([(weights*steps).sum(), weights.square().sum()]), torch.tensor([total, of_squares], dtype=torch.float64), rtol=1e-5, atol=1e-4)
