@@ -29,7 +29,7 @@ from .config import ConfigError, choose_device, choose_precision, memory_advice,
 from .data import CLASSES, ImageData, batches, load_fashion_mnist, load_images, load_sample, to_float, to_uint8, without_labels
 from .parallel import StopOnSignal
 from .sample import DrawOptions, draw_samples, in_words, model_to_draw, run_folder
-from .training import random_generator
+from .training import Stream, random_generator
 
 # %% ../nbs/15_evaluation.ipynb #6e781806
 class Classifier(nn.Module):
@@ -63,7 +63,7 @@ def train_classifier(
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=epochs * -(-len(data)//128))
         for epoch in tqdm(range(epochs), unit="epoch", disable=None):
-            for x, labels in batches(data, 128, generator=random_generator(0, 5, epoch), device=device):
+            for x, labels in batches(data, 128, generator=random_generator(0, Stream.CLASSIFIER, epoch), device=device):
                 if torch.rand(()) < 0.5: x = x.flip(-1)
                 x = x.roll(torch.randint(-2, 3, (2,)).tolist(), dims=(-2, -1))    # the border is black: hardly anything comes back on the other side
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -175,7 +175,7 @@ def figures(
 ) -> dict:                   # name to number
     "All that can be said about images as against the training images."
     seen = look_at(images.images, classifier)
-    part = torch.randperm(len(reference), generator=random_generator(0, 6))[:len(images)]    # coverage asks for as many real ones
+    part = torch.randperm(len(reference), generator=random_generator(0, Stream.COVERAGE))[:len(images)]    # coverage asks for as many real ones
     density, coverage = density_and_coverage(seen_reference.features[part], seen.features)
     found = dict(zip(("class_agreement", "class_agreement_error"), class_agreement(seen, images.labels))) if images.classes else {}
     return {**found, "frechet_distance": frechet_distance(seen_reference.features, seen.features),
@@ -188,7 +188,7 @@ def alike(
     seed: int=0
 ) -> ImageData:      # n images with these classes, none twice
     "Real images with the same number of each class. Raises `ConfigError` if there are too few."
-    order, chosen = torch.randperm(len(data), generator=random_generator(seed, 7)), []
+    order, chosen = torch.randperm(len(data), generator=random_generator(seed, Stream.MATCHING)), []
     for label, wanted in zip(*labels.unique(return_counts=True)):
         there = order[data.labels[order] == label]
         if len(there) < wanted:
@@ -268,7 +268,7 @@ def samples_to_measure(
     labels = torch.arange(options.num_samples) % max(len(config.classes), 1)
     real = beside(labels, config.classes)
     with memory_advice(device, options.batch_size):
-        samples = draw_samples(model, config, labels, generator=random_generator(options.seed, 4), batch_size=options.batch_size,
+        samples = draw_samples(model, config, labels, generator=random_generator(options.seed, Stream.SAMPLES), batch_size=options.batch_size,
                                precision=choose_precision(options.precision, device))
     return ImageData(to_uint8(samples), labels, config.classes), real, in_words(options, config)
 
@@ -281,7 +281,7 @@ def evaluate(
     make_folder(output.parent)
     with StopOnSignal():
         if options.data == "sample": reference, fresh = load_sample("train"), load_sample("test")
-        else: reference, fresh = load_fashion_mnist(options.data_root, "train"), load_fashion_mnist(options.data_root, "test")[2000:] # 2,000 chose the weights
+        else: reference, fresh = load_fashion_mnist(options.data_root, "train"), load_fashion_mnist(options.data_root, "test")
         classifier = load_classifier()
         samples, real, what = samples_to_measure(options, fresh)
         seen_reference = look_at(reference.images, classifier)

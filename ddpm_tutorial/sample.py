@@ -24,7 +24,7 @@ from .data import image_grid, to_pil, to_uint8
 from .fast_sampling import METHODS
 from .parallel import StopOnSignal
 from .sampler import save_gif, snapshots
-from .training import random_generator
+from .training import Stream, random_generator
 from .unet import UNet
 
 # %% ../nbs/14_sample.ipynb #f7d13556
@@ -206,7 +206,7 @@ def sample_to_file(
         labels, output = choose_labels(options, config), output_file(options)
         make_folder(output.parent) # now, and not after all the drawing
 
-        how = dict(generator=random_generator(options.seed, 4), batch_size=options.batch_size,
+        how = dict(generator=random_generator(options.seed, Stream.SAMPLES), batch_size=options.batch_size,
                    precision=choose_precision(options.precision, device))
         with memory_advice(device, min(options.batch_size, len(labels))):
             if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix.lower() == ".gif" else 10, **how))

@@ -27,7 +27,7 @@ from .config import (MAY_DIFFER, PRESETS, Config, ConfigError, check_memory, cho
 from .data import ImageData, fingerprint, image_grid, load_data, to_pil, without_labels
 from .parallel import PeerLost, SharedBatch, StopOnSignal, Stopped, notice_lost_peers, process_group
 from .tracking import Progress, Tracker, start_wandb, timed, try_report
-from .training import (TrainState, learning_rate, new_state, random_generator, total_steps, train_steps,
+from .training import (Stream, TrainState, learning_rate, new_state, random_generator, total_steps, train_steps,
                                     validation_loss)
 
 # %% ../nbs/13_train.ipynb #07758995
@@ -70,7 +70,7 @@ def sample_rows(
     "One row of samples for each class, the same noise every time."
     rows = len(config.classes) or 4
     labels = torch.arange(rows).repeat_interleave(columns)
-    steps = sampling_steps(model, config, labels, generator=random_generator(config.train.seed, 3), precision=precision)
+    steps = sampling_steps(model, config, labels, generator=random_generator(config.train.seed, Stream.PICTURES), precision=precision)
     for step in tqdm(steps, total=config.inference_steps, desc="samples", unit="step", leave=False, disable=None): pass
     return image_grid(step.x, columns, scale=2)
 
