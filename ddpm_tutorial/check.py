@@ -142,7 +142,7 @@ def check_outputs(
         labels = torch.arange(10) % max(len(config.classes), 1)
         for step in sampling_steps(loaded, config, labels, generator=torch.Generator().manual_seed(0), precision=precision): pass
         expect(bool(step.x.isfinite().all()), "samples are not finite")
-        say(f"{tuple(step.x.shape)} in {config.num_inference_steps} steps")
+        say(f"{tuple(step.x.shape)} in {config.inference_steps} steps")
 
 # %% ../nbs/16_check.ipynb #3b39356e
 def check(
@@ -151,8 +151,9 @@ def check(
     "All parts, from the bottom up, with the model of a preset. Raises `CheckError` at the first that fails."
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    config = replace(PRESETS[options.config], num_inference_steps=4, data=options.data, resize=options.resize)
-    config = replace(config, train=replace(config.train, batch_size=16, max_steps=2))
+    config = replace(PRESETS[options.config], data=options.data, resize=options.resize)
+    config = replace(config, train=replace(config.train, batch_size=16, max_steps=2),
+                     sampling=replace(config.sampling, num_inference_steps=4))
     config, state, data = check_inputs(config, device, options.data_root or default_data_root())
     check_loss(state, data, config)
     check_training(state, data, config, precision)

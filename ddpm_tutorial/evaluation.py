@@ -29,7 +29,7 @@ from .config import ConfigError, choose_device, choose_precision, memory_advice,
 from .data import CLASSES, ImageData, batches, load_fashion_mnist, load_images, load_sample, to_float, to_uint8, without_labels
 from .parallel import StopOnSignal
 from .sample import DrawOptions, draw_samples, in_words, model_to_draw, run_folder
-from .training import Stream, random_generator
+from .training import Stream, autocast_to, random_generator
 
 # %% ../nbs/15_evaluation.ipynb #6e781806
 class Classifier(nn.Module):
@@ -66,7 +66,7 @@ def train_classifier(
             for x, labels in batches(data, 128, generator=random_generator(0, Stream.CLASSIFIER, epoch), device=device):
                 if torch.rand(()) < 0.5: x = x.flip(-1)
                 x = x.roll(torch.randint(-2, 3, (2,)).tolist(), dims=(-2, -1))    # the border is black: hardly anything comes back on the other side
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                with autocast_to(precision, x.device):
                     loss = F.cross_entropy(model(x), labels, label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()

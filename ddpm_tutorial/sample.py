@@ -8,7 +8,7 @@ __all__ = ['DrawOptions', 'SampleOptions', 'choose_labels', 'draw_samples', 'dra
 
 # %% ../nbs/14_sample.ipynb #33d115c9
 import json, math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoint import PRETRAINED, load_model, make_folder, write_atomic
-from .config import (MAY_DIFFER, Config, ConfigError, choose_device, choose_precision, config_from_dict, differences,
+from .config import (MAY_DIFFER, Config, ConfigError, SamplingConfig, choose_device, choose_precision, config_from_dict, differences,
                                   memory_advice, parse_options, run_command, sampling_steps, steady_output)
 from .data import image_grid, to_pil, to_uint8
 from .fast_sampling import METHODS
@@ -45,11 +45,14 @@ class DrawOptions:
     debug: bool=False                       # show the traceback of an error
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be at least 0 and finite, not {self.guidance_scale}")
+        SamplingConfig(**self.sampling_changes) # checks them
+        if self.batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if not 0 <= self.seed < 2**31: raise ValueError(f"seed must be in 0 ... {2**31 - 1}, not {self.seed}")
+
+    @property
+    def sampling_changes(self) -> dict: # fields of `SamplingConfig` that are not to be as in training
+        given = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
+        return {name: value for name, value in given.items() if value is not None}
 
 @dataclass(frozen=True)
 class SampleOptions(DrawOptions):
@@ -165,10 +168,11 @@ def model_to_draw(
     if not path.exists(): raise ConfigError(f"checkpoint {path} is not there; a run leaves its checkpoints in <output_dir>/checkpoints")
     model, config = load_model(path, use_ema=options.use_ema, device=device)
     if options.config: check_config(options.config, config)
-    changes = {name: value for name in ("guidance_scale", "method", "num_inference_steps", "clip_sample") if (value := getattr(options, name)) is not None}
+    changes, trained = options.sampling_changes, config.sampling
     if "guidance_scale" in changes and not config.classes: raise ConfigError("guidance_scale: this model knows no classes, leave it out")
-    if changes.get("method", config.method) != config.method: changes = {"num_inference_steps": None, **changes} # it has a number of its own
-    try: return model, replace(config, **changes)
+    if changes.get("method", trained.method) != trained.method: # it has a number of steps of its own
+        changes = {"num_inference_steps": None, **changes}
+    try: return model, replace(config, sampling=replace(trained, **changes))
     except ValueError as error: raise ConfigError(str(error)) from error
 
 def in_words(
@@ -176,8 +180,11 @@ def in_words(
     config: Config # of `model_to_draw`
 ) -> str:
     "How the samples are drawn."
-    return (f"{options.checkpoint.name if options.checkpoint else 'the trained small'}, {config.method}, {config.inference_steps} steps, " + f"guidance {config.guidance_scale:g}, "*bool(config.classes)
-            + "not clipped, "*(not config.clip_sample) + f"{'averaged' if options.use_ema else 'raw'} weights, seed {options.seed}")
+    how = config.sampling
+    parts = [options.checkpoint.name if options.checkpoint else "the trained small", how.method, f"{config.inference_steps} steps"]
+    if config.classes: parts.append(f"guidance {how.guidance_scale:g}")
+    if not how.clip_sample: parts.append("not clipped")
+    return ", ".join([*parts, f"{'averaged' if options.use_ema else 'raw'} weights", f"seed {options.seed}"])
 
 def run_folder(
     checkpoint: Path|None

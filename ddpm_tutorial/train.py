@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['TrainOptions', 'sample_rows', 'starting_point', 'describe_data', 'check_same_images', 'begin', 'Run', 'prepare',
-           'save', 'end_of_epoch', 'lead', 'follow', 'train', 'ddpm_train']
+           'save', 'end_of_epoch', 'shared_steps', 'describe_run', 'begin_tracking', 'note_step', 'to_the_end',
+           'save_and_say_so', 'lead', 'follow', 'train', 'ddpm_train']
 
 # %% ../nbs/13_train.ipynb #dbbd5804
 import json, math, platform, sys, time, warnings
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -27,8 +29,8 @@ from .config import (MAY_DIFFER, PRESETS, Config, ConfigError, check_memory, cho
 from .data import ImageData, fingerprint, image_grid, load_data, to_pil, without_labels
 from .parallel import PeerLost, SharedBatch, StopOnSignal, Stopped, notice_lost_peers, process_group
 from .tracking import Progress, Tracker, start_wandb, timed, try_report
-from .training import (Stream, TrainState, learning_rate, new_state, random_generator, total_steps, train_steps,
-                                    validation_loss)
+from .training import (Stream, TrainState, TrainStep, learning_rate, new_state, random_generator, total_steps,
+                                    train_steps, validation_loss)
 
 # %% ../nbs/13_train.ipynb #07758995
 @dataclass(frozen=True)
@@ -147,11 +149,13 @@ class Run:
     "All that a run works with, checked."
     options: TrainOptions
     config: Config
-    state: TrainState      # its model may be wrapped; `network` is the bare one
-    network: torch.nn.Module
+    state: TrainState
     progress: Progress
     data: ImageData
     validation: ImageData
+
+    @property
+    def folder(self) -> Path: return self.options.folder
 
     @property
     def total(self) -> int: return total_steps(self.config.train, len(self.data))
@@ -171,12 +175,12 @@ def prepare(
     data, validation = load_data(options.settings.data, options.data_root, options.settings.resize)
     if options.settings.model.num_classes == 0: data, validation = without_labels(data), without_labels(validation)
     config, state, progress = begin(options, data, device, start)
-    return Run(options, config, state, state.model, progress, data, validation)
+    return Run(options, config, state, progress, data, validation)
 
 # %% ../nbs/13_train.ipynb #0a22e285
 def save(run: Run, **kwargs) -> bool:
-    "As `save_run`, with the bare network."
-    return save_run(run.options.folder/"checkpoints", replace(run.state, model=run.network), run.config, asdict(run.progress), **kwargs)
+    "As `save_run`, with what the run is made of."
+    return save_run(run.folder/"checkpoints", run.state, run.config, asdict(run.progress), **kwargs)
 
 def end_of_epoch(
     run: Run,
@@ -184,7 +188,7 @@ def end_of_epoch(
     signals: StopOnSignal
 ):
     "Validates, draws now and then, and saves. A signal before the last part drops all of it; the run that goes on does it again."
-    config, state, progress, folder = run.config, run.state, run.progress, run.options.folder
+    config, state, progress, folder = run.config, run.state, run.progress, run.folder
     epoch, last = -(-state.step//run.per_epoch), state.step == run.total
     loss = validation_loss(state.ema, run.validation, config.scheduler.build(), min(250, config.train.batch_size), progress.precision)
     if not math.isfinite(loss): raise FloatingPointError(f"the validation loss is {loss} at step {state.step} (lr {state.optimizer.param_groups[0]['lr']:g}); lower the lr")
@@ -204,58 +208,111 @@ def end_of_epoch(
     if picture: try_report(folder)
 
 # %% ../nbs/13_train.ipynb #0e126343
+def shared_steps(
+    run: Run,
+    size: int # number of processes
+) -> Iterator[TrainStep]:
+    "The loop of lesson 07. Where there are several processes, each computes its rows of the batch."
+    model = SharedBatch(run.state.model) if size > 1 else None
+    return train_steps(run.state, run.data, run.config.scheduler.build(), run.config.train, run.progress.precision, model)
+
+def describe_run(
+    run: Run,
+    device: torch.device,
+    size: int
+) -> str:
+    "Images, network, steps and device, in three lines."
+    model, state = run.config.model, run.state
+    levels, attention = (" ".join(map(str, sizes)) for sizes in (model.resolutions, model.attention_resolutions))
+    weights = sum(p.numel() for p in state.model.parameters())
+    where = f"{device} times {size}" if size > 1 else f"{device}"
+    return (f"{run.config.data}: {describe_data(run.data)}; {len(run.validation):,} more to validate with\n"
+            f"{run.options.config}: {weights:,} weights, levels of {levels} pixels"
+            f"{f', attention at {attention}' if attention else ''}\n"
+            f"steps {state.step + 1:,} to {run.total:,} on {where} in {run.progress.precision}, into {run.folder}")
+
+def begin_tracking(
+    run: Run,
+    tracker: Tracker,
+    device: torch.device,
+    size: int
+):
+    "W&B if it is wanted, and the line of a start: when, where and with which versions."
+    if run.options.wandb: tracker.run = start_wandb(run.folder, asdict(run.config))
+    tracker.watch(run.state.model, run.options.watch_model)
+    tracker.write(run.state.step, started=time.strftime("%Y-%m-%d %H:%M:%S"), device=str(device), processes=size,
+                  precision=run.progress.precision, threads=torch.get_num_threads(), ddpm_tutorial=__version__,
+                  torch=torch.__version__, python=platform.python_version())
+
+def note_step(
+    run: Run,
+    tracker: Tracker,
+    record: TrainStep,
+    seconds: float,
+    since_line: list # changed in place: images and seconds of the steps since the last line
+):
+    "Counts a step in, and writes a line after every `log_every` steps."
+    run.progress.add(record, run.config.scheduler.num_steps, seconds)
+    since_line.append((len(record.t), seconds))
+    if record.step % run.options.log_every: return
+    images, times = map(sum, zip(*since_line))
+    since_line.clear()
+    tracker.log(record.step, epoch=record.epoch + 1, loss=record.loss, lr=record.lr, grad_norm=record.grad_norm,
+                images_per_second=images/times, seconds=run.progress.seconds)
+
+def to_the_end(
+    run: Run,
+    tracker: Tracker,
+    steps: Iterator[TrainStep],
+    signals: StopOnSignal
+):
+    "Every step that is left: noted, and at times validated, drawn and saved."
+    if run.epoch_ends() and run.progress.validated < run.state.step: end_of_epoch(run, tracker, signals) # it was stopped there
+    steps, since_line = timed(steps), []
+    with tqdm(initial=run.state.step, total=run.total, unit="step", disable=None) as bar:
+        while run.state.step < run.total:
+            with signals.finish_first(), notice_lost_peers(): # a step and what is noted of it
+                record, seconds = next(steps)
+                note_step(run, tracker, record, seconds, since_line)
+            bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
+            bar.update()
+            if run.epoch_ends(): end_of_epoch(run, tracker, signals)
+            elif record.step % run.options.save_every == 0:
+                with signals.finish_first(): save(run)
+
+def save_and_say_so(run: Run):
+    "What a run does before it stops in the middle."
+    save(run, must=True)
+    print(f"stopped and saved after step {run.state.step:,}; go on by --resume", file=sys.stderr, flush=True)
+    try_report(run.folder)
+
 def lead(
     run: Run,
     device: torch.device,
-    size: int,            # number of processes
+    size: int,
     signals: StopOnSignal
 ):
     "The process that trains and also logs, validates, draws and saves."
-    options, config, state, progress, folder = run.options, run.config, run.state, run.progress, run.options.folder
-    levels, attention = (" ".join(map(str, sizes)) for sizes in (config.model.resolutions, config.model.attention_resolutions))
-    print(f"{config.data}: {describe_data(run.data)}; {len(run.validation):,} more to validate with\n"
-          f"{options.config}: {sum(p.numel() for p in run.network.parameters()):,} weights, levels of {levels} pixels{', attention at '*bool(attention)}{attention}\n"
-          f"steps {state.step + 1:,} to {run.total:,} on {device}{f' times {size}'*(size > 1)} in {progress.precision}, into {folder}", flush=True)
-    with Tracker(folder, keep=progress.keeps(state.step)) as tracker:
-        if options.wandb: tracker.run = start_wandb(folder, asdict(config))
-        tracker.watch(run.network, options.watch_model)
-        if size > 1: state.model = SharedBatch(run.network)
-        tracker.write(state.step, started=time.strftime("%Y-%m-%d %H:%M:%S"), device=str(device), processes=size, precision=progress.precision,
-                      threads=torch.get_num_threads(), ddpm_tutorial=__version__, torch=torch.__version__, python=platform.python_version())
-        window, steps = [], timed(train_steps(state, run.data, config.scheduler.build(), config.train, progress.precision))
-        try:
-            if run.epoch_ends() and progress.validated < state.step: end_of_epoch(run, tracker, signals) # it was stopped there
-            with tqdm(initial=state.step, total=run.total, unit="step", disable=None) as bar:
-                while state.step < run.total:
-                    with signals.finish_first(), notice_lost_peers(): # a step and what is noted of it
-                        record, took = next(steps)
-                        progress.add(record, config.scheduler.num_steps, took)
-                        window.append((len(record.t), took))
-                        if record.step % options.log_every == 0:
-                            images, times = map(sum, zip(*window))
-                            tracker.log(record.step, epoch=record.epoch + 1, loss=record.loss, lr=record.lr, grad_norm=record.grad_norm,
-                                        images_per_second=images/times, seconds=progress.seconds)
-                            window = []
-                    bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
-                    bar.update()
-                    if run.epoch_ends(): end_of_epoch(run, tracker, signals)
-                    elif record.step % options.save_every == 0:
-                        with signals.finish_first(): save(run)
+    print(describe_run(run, device, size), flush=True)
+    with Tracker(run.folder, keep=run.progress.keeps(run.state.step)) as tracker:
+        begin_tracking(run, tracker, device, size)
+        try: to_the_end(run, tracker, shared_steps(run, size), signals)
         except (Stopped, PeerLost):
-            with signals.finish_first():
-                save(run, must=True)
-                print(f"stopped and saved after step {state.step:,}; go on by --resume", file=sys.stderr, flush=True)
-                try_report(folder)
+            with signals.finish_first(): save_and_say_so(run)
             raise
-        except FloatingPointError:
-            try_report(folder)
+        except FloatingPointError: # what is not finite is not saved
+            try_report(run.folder)
             raise
-    print(f"samples: {folder/'samples'}\nreport:  {folder/'report.html'}\nweights: {folder/'checkpoints'/'best_model.pth'}")
+    print(f"samples: {run.folder/'samples'}\nreport:  {run.folder/'report.html'}\n"
+          f"weights: {run.folder/'checkpoints'/'best_model.pth'}")
 
-def follow(run: Run, signals: StopOnSignal):
+def follow(
+    run: Run,
+    size: int,
+    signals: StopOnSignal
+):
     "Any other process: it takes the same steps and writes nothing."
-    run.state.model = SharedBatch(run.network)
-    steps = train_steps(run.state, run.data, run.config.scheduler.build(), run.config.train, run.progress.precision)
+    steps = shared_steps(run, size)
     while run.state.step < run.total:
         with signals.finish_first(), notice_lost_peers(): next(steps)
 
@@ -269,9 +326,7 @@ def train(
     with StopOnSignal() as signals, process_group(device) as (rank, size, device), memory_advice(device, options.settings.train.batch_size, ", or take a smaller --config"):
         if rank:
             dist.barrier() # until the first has looked, and downloaded what is needed
-            run = prepare(options, device)
-            follow(run, signals)
-            run.state.model = run.network # the wrapper must not outlive the group
+            follow(prepare(options, device), size, signals)
             return folder
         check_folder(folder, options.resume, options.resume_from)
         make_folder(folder)
@@ -283,7 +338,6 @@ def train(
             write_atomic(folder/"config.json", lambda file: file.write(json.dumps(asdict(run.config), indent=1).encode()))
             if size > 1: dist.barrier()
             lead(run, device, size, signals)
-            run.state.model = run.network
     return folder
 
 # %% ../nbs/13_train.ipynb #e0842fb1

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_tutorial import check, sample, train
 from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_checkpoint, load_model
-from ddpm_tutorial.config import PRESETS, choose_device, differences
+from ddpm_tutorial.config import PRESETS, ConfigError, choose_device, config_from_dict, differences
 from ddpm_tutorial.tracking import read_metrics
 
 SHORT = ["--data", "sample", "--max_steps", "4", "--batch_size", "8", "--num_inference_steps", "3", "--device", "cpu", "--precision", "bf16", "--no-wandb"]
@@ -327,7 +327,7 @@ print(most() - before)"""
 def test_clip_sample_is_spelled_alike(run, tmp_path, flag, clipped, capsys):
     "In the command that trains and in those that draw; `--clip_sample False` of 0.4 still works."
     assert command(train, "--config", "tiny", *SHORT, flag, "--output_dir", tmp_path/"run") == 0
-    assert load_checkpoint(tmp_path/"run/checkpoints/latest.pth")["config"].clip_sample == clipped
+    assert load_checkpoint(tmp_path/"run/checkpoints/latest.pth")["config"].sampling.clip_sample == clipped
     for given in ([flag], ["--clip_sample", str(clipped)], [f"--clip_sample={clipped}"]):
         assert command(sample, "--checkpoint", run/"checkpoints/latest.pth", "--num_samples", "1", *given) == 0
         assert ("not clipped" in capsys.readouterr().out) == (not clipped)
@@ -350,6 +350,23 @@ def test_weights_by_any_name(run, tmp_path):
     (tmp_path/"damaged.safetensors").write_bytes(PRETRAINED["small"].read_bytes()[:-1000])
     for path, says in ((tmp_path/"damaged.safetensors", "cannot be read"), (tmp_path/"none.safetensors", "is not there")):
         with pytest.raises(CheckpointError, match=says): load_model(path)
+
+def test_settings_of_sampling_that_stand_flat(run, tmp_path):
+    "As versions before 0.8 wrote them, in config.json and in a checkpoint: both are read, and the run goes on."
+    flat = json.loads((run/"config.json").read_text())
+    flat |= flat.pop("sampling")
+    assert {"guidance_scale", "method", "num_inference_steps", "clip_sample"} < flat.keys()
+    config = load_checkpoint(run/"checkpoints"/"latest.pth")["config"]
+    assert config_from_dict(flat) == config
+    (tmp_path/"config.json").write_text(json.dumps(flat))
+    values = torch.load(run/"checkpoints"/"latest.pth", weights_only=True) | {"config": flat}
+    torch.save(values, tmp_path/"old.pth")
+    assert load_checkpoint(tmp_path/"old.pth")["config"] == config
+    assert command(sample, "--checkpoint", tmp_path/"old.pth", "--config", tmp_path/"config.json", "--num_samples", 1, "--output", tmp_path/"a.png") == 0
+    longer = [*SHORT[:3], "6", *SHORT[4:]]
+    assert command(train, "--config", "tiny", *longer, "--resume_from", tmp_path/"old.pth", "--output_dir", tmp_path/"on") == 0
+    for wrong in (flat | {"sampling": {}}, flat | {"guidance_scale": "much"}, flat | {"guidance": 1.}):
+        with pytest.raises(ConfigError): config_from_dict(wrong)
 
 def test_differences_are_of_fields_and_not_of_places():
     "Two configurations with another number of fields, or in another order: each field is compared with its namesake."

@@ -14,7 +14,7 @@ from scipy import linalg, stats
 
 from ddpm_tutorial import evaluation
 from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_model, load_pretrained, save_weights
-from ddpm_tutorial.config import PRESETS, ConfigError, new_model
+from ddpm_tutorial.config import PRESETS, ConfigError, SamplingConfig, new_model
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
 from ddpm_tutorial.evaluation import (Seen, alike, class_agreement, density_and_coverage, figures, frechet_distance, kernel_distance,
                                       load_classifier, look_at, nearest_distance, paired_difference, train_classifier)
@@ -141,7 +141,7 @@ def test_the_small_model_that_comes_with_the_package():
 
 def test_save_weights_there_and_back(tmp_path):
     "Half precision, and the same configuration; a file that is cut, changed or of another kind is refused with its name."
-    config = replace(PRESETS["tiny"], guidance_scale=1.25)
+    config = replace(PRESETS["tiny"], sampling=SamplingConfig(guidance_scale=1.25))
     weights = new_model(config).state_dict()
     save_weights(tmp_path/"a.safetensors", weights, config)
     model, found = load_model(tmp_path/"a.safetensors")

@@ -350,7 +350,7 @@ def test_a_resume_with_other_settings_is_refused(launcher, data, copy, tmp_path)
         refused(launcher, args("--lr", 1e-4, "--base_channels", 32), "another model.base_channels, train.lr;")
         refused(launcher, args("--precision", "bf16"), "another precision;")
         refused(launcher, args("--num_inference_steps", 3, "--guidance_scale", 4, "--schedule", "linear"),
-                "another guidance_scale, num_inference_steps, scheduler.schedule;")
+                "another sampling.guidance_scale, sampling.num_inference_steps, scheduler.schedule;")
     own_images(tmp_path/"more.npz", 41)
     data_before = data.read_bytes()
     try:

@@ -95,7 +95,7 @@ def forward(contestant, precision, batch, device, compiled=False):
 def our_samples(precision, labels, steps):
     "Guided samples as `ddpm_sample --method ddim` draws them."
     model, generator = new_model(SMALL, labels.device).eval(), torch.Generator().manual_seed(0)
-    config = replace(SMALL, method="ddim", num_inference_steps=steps)
+    config = replace(SMALL, sampling=replace(SMALL.sampling, method="ddim", num_inference_steps=steps))
     def work():
         for _ in sampling_steps(model, config, labels, generator=generator, precision=precision): pass
         return len(labels)
@@ -112,7 +112,7 @@ def their_samples(contestant, precision, labels, steps):
         x = torch.randn(len(labels), 1, 28, 28, device=labels.device)
         for t in scheduler.timesteps:
             with autocast(x.device, precision): without, with_label = call(model, torch.cat([x, x]), t, both).chunk(2)
-            x = scheduler.step(without + SMALL.guidance_scale*(with_label - without), t, x).prev_sample
+            x = scheduler.step(without + SMALL.sampling.guidance_scale*(with_label - without), t, x).prev_sample
         return len(labels)
     return work
 
