@@ -15,9 +15,9 @@ from pathlib import Path
 import matplotlib.figure # noqa: F401  these two take seconds; the forks have them for nothing
 import torch._dynamo # noqa: F401
 
-from ddpm_tutorial import train as product
-from ddpm_tutorial.checkpoint import load_checkpoint, load_latest
-from ddpm_tutorial.config import PRESETS, SamplingConfig
+from ddpm_tutorial.run import train as product
+from ddpm_tutorial.run.checkpoint import load_checkpoint, load_latest
+from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from ddpm_tutorial.unet import UNetConfig
 from processes import lines, newest, same_tensors
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_tutorial import check, sample, train
-from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_checkpoint, load_model
-from ddpm_tutorial.config import PRESETS, ConfigError, choose_device, config_from_dict, differences
-from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.run import check, sample, train
+from ddpm_tutorial.run.checkpoint import PRETRAINED, CheckpointError, load_checkpoint, load_model
+from ddpm_tutorial.run.config import PRESETS, ConfigError, config_from_dict, differences
+from ddpm_tutorial.run.device import choose_device
+from ddpm_tutorial.run.tracking import read_metrics
 
 SHORT = ["--data", "sample", "--max_steps", "4", "--batch_size", "8", "--num_inference_steps", "3", "--device", "cpu", "--precision", "bf16", "--no-wandb"]
 
@@ -307,7 +308,8 @@ def test_a_step_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatc
 def test_what_a_step_is_said_to_need_is_what_it_takes(batch_size):
     "A step takes at least as much, and at most twice as much, which is what the advised batch counts with."
     code = f"""from dataclasses import replace
-from ddpm_tutorial.config import *
+from ddpm_tutorial.run.config import PRESETS
+from ddpm_tutorial.run.device import NotEnoughMemory, check_memory, new_model
 from ddpm_tutorial.data import load_sample
 from ddpm_tutorial.training import new_state, train_steps
 def most(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))/1024 # MiB
@@ -414,7 +416,7 @@ def test_commands_do_not_load_wandb(tmp_path):
     "Training without it, and sampling."
     short = [*SHORT, "--output_dir", str(tmp_path/"run")]
     modules = loaded_modules(f"""import sys
-from ddpm_tutorial import train, sample
+from ddpm_tutorial.run import sample, train
 sys.argv = ["ddpm_train", "--config", "tiny", *{short}]
 train.ddpm_train()
 sys.argv = ["ddpm_sample", "--checkpoint", {str(tmp_path/'run/checkpoints/latest.pth')!r}, "--num_samples", "1"]
@@ -424,7 +426,7 @@ sample.ddpm_sample()""")
 def test_sampling_loads_no_drawing_library(run):
     "Only a report draws: `ddpm_sample` does without matplotlib, too."
     modules = loaded_modules(f"""import sys
-from ddpm_tutorial import sample
+from ddpm_tutorial.run import sample
 sys.argv = ["ddpm_sample", "--checkpoint", {str(run/'checkpoints/latest.pth')!r}, "--num_samples", "1"]
 sample.ddpm_sample()""")
     assert "torch" in modules and not {"wandb", "matplotlib"} & modules
@@ -443,7 +445,7 @@ def test_wandb_offline_by_default(tmp_path, monkeypatch):
 def test_memory_of_training_small(tmp_path):
     "Three steps of `small` at a batch of 128 stay under 3 GiB."
     code = f"""import resource, sys
-from ddpm_tutorial import train
+from ddpm_tutorial.run import train
 sys.argv = ["ddpm_train", "--config", "small", "--batch_size", "128", "--data", "sample", "--max_steps", "3", "--num_inference_steps", "1", "--device", "cpu", "--precision", "fp32", "--no-wandb", "--output_dir", {str(tmp_path/'run')!r}]
 train.ddpm_train()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

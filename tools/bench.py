@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from ddpm_tutorial.config import PRESETS, choose_device, memory_mib, new_model, sampling_steps
 from ddpm_tutorial.data import batches, default_data_root, load_fashion_mnist, load_sample
+from ddpm_tutorial.run.config import PRESETS
+from ddpm_tutorial.run.device import choose_device, memory_mib, new_model, sampling_steps
 from ddpm_tutorial.training import new_state, train_steps
 
 SMALL, PRECISIONS, NULL_LABEL = PRESETS["small"], ("fp32", "bf16"), 10
@@ -181,7 +182,7 @@ def memory(contestant, precision, batch, device):
 def measure_memory(tasks):
     "Each in a process of its own, forked from one that has only imported: no other contestant's peak hides it."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers.models.unets.unet_2d", "denoising_diffusion_pytorch", "ddpm_tutorial.config"])
+    context.set_forkserver_preload(["diffusers.models.unets.unet_2d", "denoising_diffusion_pytorch", "ddpm_tutorial.run.config"])
     with context.Pool(1, maxtasksperchild=1) as pool: return dict(zip([task[:2] for task in tasks], pool.starmap(memory, tasks, chunksize=1)))
 
 def race_networks(what, mode, batch, make, run, device, keys):

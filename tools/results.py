@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.checkpoint import load_pretrained
-from ddpm_tutorial.config import choose_precision
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample, to_uint8
-from ddpm_tutorial.evaluation import alike, figures, load_classifier, look_at, nearest_distance
-from ddpm_tutorial.sample import draw_samples
+from ddpm_tutorial.metrics import alike, figures, load_classifier, look_at, nearest_distance
+from ddpm_tutorial.run.checkpoint import load_pretrained
+from ddpm_tutorial.run.device import choose_precision
+from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import Stream, random_generator
 
 SETTINGS = {"guidance 1.3": {}, "guidance 1": dict(guidance_scale=1.), "guidance 2": dict(guidance_scale=2.), "not clipped": dict(clip_sample=False)}

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.checkpoint import load_pretrained
-from ddpm_tutorial.config import choose_precision
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample, to_uint8
-from ddpm_tutorial.evaluation import alike, figures, load_classifier, look_at
 from ddpm_tutorial.fast_sampling import METHODS, dpm_solver_steps
-from ddpm_tutorial.sample import draw_samples
+from ddpm_tutorial.metrics import alike, figures, load_classifier, look_at
+from ddpm_tutorial.run.checkpoint import load_pretrained
+from ddpm_tutorial.run.device import choose_precision
+from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.scheduler import NoiseScheduler
 from ddpm_tutorial.training import Stream, random_generator
 
