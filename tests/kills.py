@@ -15,9 +15,9 @@ from pathlib import Path
 import matplotlib.figure # noqa: F401  these two take seconds; the forks have them for nothing
 import torch._dynamo # noqa: F401
 
-from ddpm_tutorial import train as product
-from ddpm_tutorial.checkpoint import load_checkpoint, load_latest
-from ddpm_tutorial.config import PRESETS
+from ddpm_tutorial.run import train as product
+from ddpm_tutorial.run.checkpoint import load_checkpoint, load_latest
+from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from ddpm_tutorial.unet import UNetConfig
 from processes import lines, newest, same_tensors
 
@@ -26,7 +26,7 @@ STEPS = 8 # for each kill; a process is killed before it has taken so many
 def options(folder, steps):
     "A dwarf of a network, a validation and a picture now and then, a save at every step."
     network = UNetConfig(base_channels=16, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(), num_groups=8, head_dim=16)
-    settings = replace(PRESETS["tiny"], model=network, data="sample", num_inference_steps=1)
+    settings = replace(PRESETS["tiny"], model=network, data="sample", sampling=SamplingConfig(num_inference_steps=1))
     settings = replace(settings, train=replace(settings.train, epochs=1000, max_steps=steps, batch_size=16))
     return product.TrainOptions(config="tiny", settings=settings, output_dir=folder, wandb=False, save_every=1, log_every=1, sample_every=3, device="cpu",
                                 precision="fp32", resume=(folder/"checkpoints"/"latest.pth").exists())

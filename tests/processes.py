@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 import ddpm_tutorial
-from ddpm_tutorial.checkpoint import load_checkpoint, tensors_in
-from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.run.checkpoint import load_checkpoint, tensors_in
+from ddpm_tutorial.run.tracking import read_metrics
 
 TIMES = {"seconds", "images_per_second", "memory_mib"} # what differs between two equal runs
 
@@ -168,6 +168,6 @@ if __name__ == "__main__":
     import matplotlib.figure # noqa: F401  imported here, the forks have them for nothing
     import torch._dynamo # noqa: F401
 
-    from ddpm_tutorial import sample, train # noqa: F401
+    from ddpm_tutorial.run import sample, train # noqa: F401
     gc.freeze()
     if request := serve(): become(request)

@@ -15,15 +15,15 @@ import pytest
 import tyro
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ddpm_tutorial import check, evaluation, sample, train
-from ddpm_tutorial.config import PRESETS
 from ddpm_tutorial.fast_sampling import METHODS
+from ddpm_tutorial.run import check, evaluate, sample, train
+from ddpm_tutorial.run.config import PRESETS
 
 COMMANDS = {"ddpm_train": (train, "train", train.TrainOptions), "ddpm_sample": (sample, "sample_to_file", sample.SampleOptions),
-            "ddpm_evaluate": (evaluation, "evaluate", evaluation.EvaluateOptions),
+            "ddpm_evaluate": (evaluate, "evaluate", evaluate.EvaluateOptions),
             "ddpm_check": (check, "check", check.CheckOptions)}
 WORK = {train: ("load_data", "load_checkpoint", "load_latest", "check_folder", "make_folder", "lock_folder", "write_atomic", "save_run", "start_wandb"),
-        sample: ("load_model", "make_folder", "write_atomic"), evaluation: ("load_fashion_mnist", "look_at", "make_folder", "write_atomic"), check: ("load_data", "load_fashion_mnist", "save_checkpoint", "load_model")}
+        sample: ("load_model", "make_folder", "write_atomic"), evaluate: ("load_fashion_mnist", "look_at", "make_folder", "write_atomic"), check: ("load_data", "load_fashion_mnist", "save_checkpoint", "load_model")}
 quiet = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 def leaves(cls, hidden=("image_shape", "classes")):

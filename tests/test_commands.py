@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_tutorial import check, sample, train
-from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_checkpoint, load_model
-from ddpm_tutorial.config import PRESETS, choose_device, differences
-from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.run import check, sample, train
+from ddpm_tutorial.run.checkpoint import PRETRAINED, CheckpointError, load_checkpoint, load_model
+from ddpm_tutorial.run.config import PRESETS, ConfigError, config_from_dict, differences
+from ddpm_tutorial.run.device import choose_device
+from ddpm_tutorial.run.tracking import read_metrics
 
 SHORT = ["--data", "sample", "--max_steps", "4", "--batch_size", "8", "--num_inference_steps", "3", "--device", "cpu", "--precision", "bf16", "--no-wandb"]
 
@@ -307,7 +308,8 @@ def test_a_step_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatc
 def test_what_a_step_is_said_to_need_is_what_it_takes(batch_size):
     "A step takes at least as much, and at most twice as much, which is what the advised batch counts with."
     code = f"""from dataclasses import replace
-from ddpm_tutorial.config import *
+from ddpm_tutorial.run.config import PRESETS
+from ddpm_tutorial.run.device import NotEnoughMemory, check_memory, new_model
 from ddpm_tutorial.data import load_sample
 from ddpm_tutorial.training import new_state, train_steps
 def most(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))/1024 # MiB
@@ -327,7 +329,7 @@ print(most() - before)"""
 def test_clip_sample_is_spelled_alike(run, tmp_path, flag, clipped, capsys):
     "In the command that trains and in those that draw; `--clip_sample False` of 0.4 still works."
     assert command(train, "--config", "tiny", *SHORT, flag, "--output_dir", tmp_path/"run") == 0
-    assert load_checkpoint(tmp_path/"run/checkpoints/latest.pth")["config"].clip_sample == clipped
+    assert load_checkpoint(tmp_path/"run/checkpoints/latest.pth")["config"].sampling.clip_sample == clipped
     for given in ([flag], ["--clip_sample", str(clipped)], [f"--clip_sample={clipped}"]):
         assert command(sample, "--checkpoint", run/"checkpoints/latest.pth", "--num_samples", "1", *given) == 0
         assert ("not clipped" in capsys.readouterr().out) == (not clipped)
@@ -350,6 +352,23 @@ def test_weights_by_any_name(run, tmp_path):
     (tmp_path/"damaged.safetensors").write_bytes(PRETRAINED["small"].read_bytes()[:-1000])
     for path, says in ((tmp_path/"damaged.safetensors", "cannot be read"), (tmp_path/"none.safetensors", "is not there")):
         with pytest.raises(CheckpointError, match=says): load_model(path)
+
+def test_settings_of_sampling_that_stand_flat(run, tmp_path):
+    "As versions before 0.8 wrote them, in config.json and in a checkpoint: both are read, and the run goes on."
+    flat = json.loads((run/"config.json").read_text())
+    flat |= flat.pop("sampling")
+    assert {"guidance_scale", "method", "num_inference_steps", "clip_sample"} < flat.keys()
+    config = load_checkpoint(run/"checkpoints"/"latest.pth")["config"]
+    assert config_from_dict(flat) == config
+    (tmp_path/"config.json").write_text(json.dumps(flat))
+    values = torch.load(run/"checkpoints"/"latest.pth", weights_only=True) | {"config": flat}
+    torch.save(values, tmp_path/"old.pth")
+    assert load_checkpoint(tmp_path/"old.pth")["config"] == config
+    assert command(sample, "--checkpoint", tmp_path/"old.pth", "--config", tmp_path/"config.json", "--num_samples", 1, "--output", tmp_path/"a.png") == 0
+    longer = [*SHORT[:3], "6", *SHORT[4:]]
+    assert command(train, "--config", "tiny", *longer, "--resume_from", tmp_path/"old.pth", "--output_dir", tmp_path/"on") == 0
+    for wrong in (flat | {"sampling": {}}, flat | {"guidance_scale": "much"}, flat | {"guidance": 1.}):
+        with pytest.raises(ConfigError): config_from_dict(wrong)
 
 def test_differences_are_of_fields_and_not_of_places():
     "Two configurations with another number of fields, or in another order: each field is compared with its namesake."
@@ -397,7 +416,7 @@ def test_commands_do_not_load_wandb(tmp_path):
     "Training without it, and sampling."
     short = [*SHORT, "--output_dir", str(tmp_path/"run")]
     modules = loaded_modules(f"""import sys
-from ddpm_tutorial import train, sample
+from ddpm_tutorial.run import sample, train
 sys.argv = ["ddpm_train", "--config", "tiny", *{short}]
 train.ddpm_train()
 sys.argv = ["ddpm_sample", "--checkpoint", {str(tmp_path/'run/checkpoints/latest.pth')!r}, "--num_samples", "1"]
@@ -407,7 +426,7 @@ sample.ddpm_sample()""")
 def test_sampling_loads_no_drawing_library(run):
     "Only a report draws: `ddpm_sample` does without matplotlib, too."
     modules = loaded_modules(f"""import sys
-from ddpm_tutorial import sample
+from ddpm_tutorial.run import sample
 sys.argv = ["ddpm_sample", "--checkpoint", {str(run/'checkpoints/latest.pth')!r}, "--num_samples", "1"]
 sample.ddpm_sample()""")
     assert "torch" in modules and not {"wandb", "matplotlib"} & modules
@@ -426,7 +445,7 @@ def test_wandb_offline_by_default(tmp_path, monkeypatch):
 def test_memory_of_training_small(tmp_path):
     "Three steps of `small` at a batch of 128 stay under 3 GiB."
     code = f"""import resource, sys
-from ddpm_tutorial import train
+from ddpm_tutorial.run import train
 sys.argv = ["ddpm_train", "--config", "small", "--batch_size", "128", "--data", "sample", "--max_steps", "3", "--num_inference_steps", "1", "--device", "cpu", "--precision", "fp32", "--no-wandb", "--output_dir", {str(tmp_path/'run')!r}]
 train.ddpm_train()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

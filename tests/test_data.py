@@ -129,7 +129,7 @@ def test_default_root(monkeypatch, tmp_path, offline):
     assert default_data_root() == tmp_path/"here"
     with pytest.raises(DataError, match=str(tmp_path/"here")): load_fashion_mnist()
     with pytest.raises(DataError, match=str(tmp_path/"there")): load_fashion_mnist(tmp_path/"there")
-    with pytest.raises(ValueError, match="split must be"): load_fashion_mnist(tmp_path, "validation")
+    with pytest.raises(ValueError, match="split must be one of"): load_fashion_mnist(tmp_path, "valid")
 
 
 def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path, offline):
@@ -150,7 +150,7 @@ def test_real_fashion_mnist():
     root = os.environ.get("DDPM_DATA_ROOT")
     if not root or not (Path(root)/"FashionMNIST"/"raw").is_dir():
         pytest.skip("the real Fashion-MNIST is not at hand: set DDPM_DATA_ROOT to the folder that holds FashionMNIST/raw")
-    for split, count in (("train", 60_000), ("test", 10_000)):
+    for split, count in (("train", 60_000), ("published_test", 10_000)):
         data = load_fashion_mnist(split=split)
         assert data.images.shape == (count, 1, 28, 28) and data.classes == CLASSES
         assert torch.equal(data.labels.bincount(), torch.full((10,), count//10))
@@ -158,9 +158,20 @@ def test_real_fashion_mnist():
             pixels = data.images.double()
             assert abs(pixels.mean().item() - 72.940) < 5e-4 and abs(pixels.std().item() - 90.021) < 5e-4
         real = set(zip((image.numpy().tobytes() for image in data.images), data.labels.tolist()))
-        sample = load_sample(split)
+        sample = load_sample(split.removeprefix("published_"))
         bundled = list(zip((image.numpy().tobytes() for image in sample.images), sample.labels.tolist()))
         assert len(set(bundled)) == len(bundled) and set(bundled) <= real
+
+
+def test_validation_and_test_are_the_published_test_images():
+    "The first 2,000 and the rest, so that what chooses the weights does not judge them."
+    root = os.environ.get("DDPM_DATA_ROOT")
+    if not root or not (Path(root)/"FashionMNIST"/"raw").is_dir(): pytest.skip("the real Fashion-MNIST is not at hand")
+    published, validation, test = (load_fashion_mnist(split=split) for split in ("published_test", "validation", "test"))
+    assert (len(validation), len(test)) == (2000, 8000)
+    assert torch.equal(torch.cat([validation.images, test.images]), published.images)
+    assert torch.equal(torch.cat([validation.labels, test.labels]), published.labels)
+    assert torch.equal(load_data()[1].images, validation.images)
 
 
 # --- the bundled sample, batches, pixels ---------------------------------------------------------------------------

@@ -12,12 +12,16 @@ import pytest
 import torch
 from scipy import linalg, stats
 
-from ddpm_tutorial import evaluation
-from ddpm_tutorial.checkpoint import PRETRAINED, CheckpointError, load_model, load_pretrained, save_weights
-from ddpm_tutorial.config import PRESETS, ConfigError, new_model
+from ddpm_tutorial import metrics
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
-from ddpm_tutorial.evaluation import (Seen, alike, class_agreement, density_and_coverage, figures, frechet_distance, kernel_distance,
-                                      load_classifier, look_at, nearest_distance, paired_difference, train_classifier)
+from ddpm_tutorial.metrics import (CLASSIFIER, Seen, alike, class_agreement, density_and_coverage, figures,
+                                   frechet_distance, kernel_distance, load_classifier, look_at,
+                                   nearest_distance, paired_difference, train_classifier)
+from ddpm_tutorial.run import evaluate
+from ddpm_tutorial.run.checkpoint import (PRETRAINED, CheckpointError, load_model, load_pretrained,
+                                          save_weights)
+from ddpm_tutorial.run.config import PRESETS, SamplingConfig
+from ddpm_tutorial.run.device import new_model
 
 def points(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
@@ -29,7 +33,7 @@ def command(*args):
     "Exit code of `ddpm_evaluate`."
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ddpm_evaluate", *map(str, args)])
-        try: evaluation.ddpm_evaluate()
+        try: evaluate.ddpm_evaluate()
         except SystemExit as stop: return stop.code
     return 0
 
@@ -103,22 +107,22 @@ def test_alike():
     chosen = alike(numbered, labels)
     assert chosen.labels.tolist() == [3]*5 + [9]*2 and len(chosen.images.flatten(1).unique(dim=0)) == 7
     assert not torch.equal(chosen.images, alike(numbered, labels, seed=1).images)
-    with pytest.raises(ConfigError, match="101 samples of class 'Bag'.*there are 100"): alike(data, torch.full((101,), 8))
+    with pytest.raises(ValueError, match="101 samples of class 'Bag'.*there are 100"): alike(data, torch.full((101,), 8))
 
 # --- the classifier ---
 
 def test_classifier_is_as_good_as_promised():
     "At least 93 % of the 10,000 test images."
     if not os.environ.get("DDPM_DATA_ROOT"): pytest.skip("the real Fashion-MNIST is not at hand: set DDPM_DATA_ROOT to the folder that holds FashionMNIST/raw")
-    test = load_fashion_mnist(None, "test")
+    test = load_fashion_mnist(None, "published_test")
     assert (look_at(test.images, load_classifier()).classes == test.labels).float().mean() >= 0.93
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch):
     "One changed byte, and no figure is given."
-    stored = bytearray(evaluation.CLASSIFIER.read_bytes())
+    stored = bytearray(CLASSIFIER.read_bytes())
     stored[-1] ^= 1
     (tmp_path/"classifier.safetensors").write_bytes(stored)
-    monkeypatch.setattr(evaluation, "CLASSIFIER", tmp_path/"classifier.safetensors")
+    monkeypatch.setattr(metrics, "CLASSIFIER", tmp_path/"classifier.safetensors")
     with pytest.raises(RuntimeError, match="not the published classifier"): load_classifier()
 
 def test_train_classifier_learns_and_repeats():
@@ -141,7 +145,7 @@ def test_the_small_model_that_comes_with_the_package():
 
 def test_save_weights_there_and_back(tmp_path):
     "Half precision, and the same configuration; a file that is cut, changed or of another kind is refused with its name."
-    config = replace(PRESETS["tiny"], guidance_scale=1.25)
+    config = replace(PRESETS["tiny"], sampling=SamplingConfig(guidance_scale=1.25))
     weights = new_model(config).state_dict()
     save_weights(tmp_path/"a.safetensors", weights, config)
     model, found = load_model(tmp_path/"a.safetensors")
@@ -149,7 +153,7 @@ def test_save_weights_there_and_back(tmp_path):
     save_weights(tmp_path/"b.safetensors", {name: weight for name, weight in weights.items() if "conv_out" not in name}, config)
     (tmp_path/"c.safetensors").write_bytes((tmp_path/"a.safetensors").read_bytes()[:-1])
     (tmp_path/"d.safetensors").write_bytes(b"PK" + bytes(100))
-    (tmp_path/"e.safetensors").write_bytes(evaluation.CLASSIFIER.read_bytes())     # no configuration
+    (tmp_path/"e.safetensors").write_bytes(CLASSIFIER.read_bytes())     # no configuration
     for name, message in (("b", "do not fit"), ("c", "cannot be read"), ("d", "is damaged or no checkpoint"), ("e", "must come from save_weights"), ("f", "is not there")):
         with pytest.raises(CheckpointError, match=f"{name}.safetensors.*{message}"): load_model(tmp_path/f"{name}.safetensors")
 
@@ -202,7 +206,7 @@ def test_evaluate_refuses(tmp_path, monkeypatch, capsys, args, code, message):
 
 def test_too_few_real_images_is_said_before_anything_is_drawn(tmp_path, monkeypatch, capsys):
     "Minutes of drawing are not spent on samples that cannot be compared; samples without labels need as many, too."
-    monkeypatch.setattr(evaluation, "draw_samples", lambda *_, **__: pytest.fail("something was drawn"))
+    monkeypatch.setattr(evaluate, "draw_samples", lambda *_, **__: pytest.fail("something was drawn"))
     assert command(*QUICK, "--num_samples", 2000, "--output", tmp_path/"a.json") == 2
     np.savez(tmp_path/"bare.npz", arr_0=load_sample("train").images[:201].permute(0, 2, 3, 1).numpy())
     assert command(*QUICK, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"a.json") == 2

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_tutorial.checkpoint import load_checkpoint, load_latest, tensors_in
-from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.run.checkpoint import load_checkpoint, load_latest, tensors_in
+from ddpm_tutorial.run.tracking import read_metrics
 from processes import Launcher, assert_same, lines, newest, own_images, same_tensors, tiny, until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes and signals of Unix")
@@ -350,7 +350,7 @@ def test_a_resume_with_other_settings_is_refused(launcher, data, copy, tmp_path)
         refused(launcher, args("--lr", 1e-4, "--base_channels", 32), "another model.base_channels, train.lr;")
         refused(launcher, args("--precision", "bf16"), "another precision;")
         refused(launcher, args("--num_inference_steps", 3, "--guidance_scale", 4, "--schedule", "linear"),
-                "another guidance_scale, num_inference_steps, scheduler.schedule;")
+                "another sampling.guidance_scale, sampling.num_inference_steps, scheduler.schedule;")
     own_images(tmp_path/"more.npz", 41)
     data_before = data.read_bytes()
     try:
@@ -428,8 +428,8 @@ def test_debug_shows_the_traceback(launcher, data, tmp_path, module):
     assert code == 1 and "Traceback" in err and "nobody foresaw it" in err
 
 def typed(data, folder, *args):
-    "`python -m ddpm_tutorial.train`, for one epoch unless told otherwise."
-    return [sys.executable, "-m", "ddpm_tutorial.train", *map(str, tiny(data, folder, "--epochs", 1, *args))]
+    "`python -m ddpm_tutorial.run.train`, for one epoch unless told otherwise."
+    return [sys.executable, "-m", "ddpm_tutorial.run.train", *map(str, tiny(data, folder, "--epochs", 1, *args))]
 
 GONE = { # what a shell makes of the command line, and what is asked of the environment
     "head": ("{} | head -1 >/dev/null", {}), "stderr closed": ("{} 2>&-", {}), "all closed": ("{} <&- >&- 2>&-", {}),
@@ -486,9 +486,9 @@ def test_sighup_twice(launcher, data, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_as_typed(data, tmp_path, number):
-    "`python -m ddpm_tutorial.train` in a process group of its own, without any trick: the signal comes when it is well at work."
+    "`python -m ddpm_tutorial.run.train` in a process group of its own, without any trick: the signal comes when it is well at work."
     args = tiny(data, tmp_path/"run", "--epochs", 100_000)
-    process = subprocess.Popen([sys.executable, "-m", "ddpm_tutorial.train", *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-m", "ddpm_tutorial.run.train", *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     step = lambda: len([line for line in lines(tmp_path/"run") if "loss" in line]) if (tmp_path/"run"/"metrics.jsonl").exists() else 0
     until(lambda: step() > 12 or process.poll() is not None)

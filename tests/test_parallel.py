@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_tutorial.checkpoint import load_latest
 from ddpm_tutorial.parallel import own_rows
-from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.run.checkpoint import load_latest
+from ddpm_tutorial.run.tracking import read_metrics
 from processes import Launcher, lines, newest, own_images, tiny, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and gloo")
@@ -179,7 +179,7 @@ def until_saves_may_go_on():
 def torchrun(data, folder):
     "The real thing, for a long time, as the leader of a group of its own; it has taken some steps."
     args = ["--epochs", 100_000, "--save_every", 1000, "--sample_every", 1000]
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "ddpm_tutorial.train", *tiny(data, folder, *args)]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "ddpm_tutorial.run.train", *tiny(data, folder, *args)]
     process = subprocess.Popen([sys.executable, "-m", *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     try: until(lambda: (folder/"metrics.jsonl").exists() and steps(folder) > 10 or process.poll() is not None, 120)

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_tutorial.checkpoint import (CheckpointError, DamagedCheckpoint, load_checkpoint, load_latest, load_model, restore, save_checkpoint, save_run,
-                                      sweep, write_atomic)
-from ddpm_tutorial.config import PRESETS, new_model
-from ddpm_tutorial.tracking import Tracker, read_metrics
+from ddpm_tutorial.run.checkpoint import (CheckpointError, DamagedCheckpoint, load_checkpoint, load_latest,
+                                          load_model, restore, save_checkpoint, save_run)
+from ddpm_tutorial.run.config import PRESETS
+from ddpm_tutorial.run.device import new_model
+from ddpm_tutorial.run.files import sweep, write_atomic
+from ddpm_tutorial.run.tracking import Tracker, read_metrics
 from ddpm_tutorial.training import new_state
 from ddpm_tutorial.unet import UNetConfig
 from processes import same_tensors
@@ -56,7 +58,7 @@ import resource, sys, warnings
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_saves import CONFIG, fresh_state
-from ddpm_tutorial.checkpoint import CheckpointError, load_latest, save_run
+from ddpm_tutorial.run.checkpoint import CheckpointError, load_latest, save_run
 folder, state = Path(sys.argv[1]), fresh_state()
 def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)) # the kernel refuses every byte beyond it
 state.step = 1
@@ -86,7 +88,7 @@ def test_a_disk_that_refuses_at_every_nth_byte(tmp_path):
 
 FULL = """
 import resource, sys
-from ddpm_tutorial import train
+from ddpm_tutorial.run import train
 first_refused, room_again = map(int, sys.argv[2:4])
 def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 original = train.timed

@@ -46,7 +46,7 @@ def pages(site): return {path.stem: path.read_text(encoding="utf-8") for path in
 
 
 def test_every_notebook_has_a_page(site):
-    names = {re.sub(r"^\d\d_", "", path.stem) for path in (ROOT/"nbs").glob("*.ipynb")}
+    names = {re.sub(r"^\d\d[a-z]?_", "", path.stem) for path in (ROOT/"nbs").glob("*.ipynb")}
     assert names == pages(site).keys()
 
 

@@ -33,5 +33,5 @@ def test_ablation(tmp_path):
     settings = [json.loads((folder/name/"config.json").read_text())["train"] for name in "01"]
     assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"batch_size", "warmup_steps"}
     assert "averaged weights" in recipe["what"] and "raw weights" in raw["what"] and raw["validation_loss"] is None
-    assert said.count("ddpm_tutorial.train ") == 2 and said.count("ddpm_tutorial.evaluation ") == 3
+    assert said.count("ddpm_tutorial.run.train ") == 2 and said.count("ddpm_tutorial.run.evaluate ") == 3
     assert recipe["validation_loss"] > 0 and 0 <= batches["class_agreement"] <= 1

@@ -161,6 +161,20 @@ def test_first_step_is_adamw_by_hand():
         assert_close(after, before*(1 - 1e-3*0.1) - 1e-3*gradient/(gradient.abs() + 1e-8), rtol=0, atol=2e-5)
 
 
+def test_another_callable_may_compute():
+    "Predictions come from it, weights and average are those of the state's own network, and the run is the same."
+    config = TrainConfig(epochs=2, batch_size=25)
+    plain, other, calls = fresh_state(config=config), fresh_state(config=config), []
+    def through(*args, **cond):
+        calls.append(len(args[0]))
+        return other.model(*args, **cond)
+    for _ in train_steps(plain, FEW, SCHEDULER, config): pass
+    for _ in train_steps(other, FEW, SCHEDULER, config, model=through): pass
+    assert calls == [25]*4
+    for one, two in ((plain.model, other.model), (plain.ema, other.ema)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
 def test_each_image_once_an_epoch():
     "Steps, epochs and sizes of the batches; `max_steps` ends the run earlier."
     config = TrainConfig(epochs=2, batch_size=20)

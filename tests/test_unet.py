@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ddpm_tutorial.attention import AttentionBlock
 from ddpm_tutorial.embeddings import AdaGN, ClassEmbedding, group_norm, sinusoidal_embedding
-from ddpm_tutorial.checkpoint import PRETRAINED, load_weights
+from ddpm_tutorial.run.checkpoint import PRETRAINED, load_weights
 from ddpm_tutorial.unet import Block, Downsample, ResBlock, UNet, UNetConfig, Upsample
 from peers import diffusers_unet, double, mirrored_unet, our_steps, randomised
 

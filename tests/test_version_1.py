@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_tutorial.checkpoint import load_model
-from ddpm_tutorial.config import sampling_steps
 from ddpm_tutorial.data import to_uint8
-from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.run.checkpoint import load_model
+from ddpm_tutorial.run.device import sampling_steps
+from ddpm_tutorial.run.tracking import read_metrics
 from ddpm_tutorial.training import random_generator
 from processes import Launcher, own_images, tiny
 from version_1 import METHODS, SCHEDULERS, STORED, TINY, losses, process, samples

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_tutorial.tracking import Tracker, read_metrics
+from ddpm_tutorial.run.tracking import Tracker, read_metrics
 from wandb_server import WandbServer
 
 RUN = """
 import sys, time
 from pathlib import Path
-from ddpm_tutorial import train
+from ddpm_tutorial.run import train
 steps, folder = train.timed, Path(sys.argv[1])
 def timed(iterator):
     for record, seconds in steps(iterator):

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm_tutorial.checkpoint import load_pretrained
-from ddpm_tutorial.config import TINY, new_model
 from ddpm_tutorial.data import load_sample
 from ddpm_tutorial.fast_sampling import ddim_steps, dpm_solver_steps
+from ddpm_tutorial.run.checkpoint import load_pretrained
+from ddpm_tutorial.run.config import TINY
+from ddpm_tutorial.run.device import new_model
 from ddpm_tutorial.sampler import ddpm_steps, guided, sample
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.training import new_state, random_generator, train_steps, validation_loss

@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from ddpm_tutorial.config import PRESETS, choose_device, memory_mib, new_model, sampling_steps
 from ddpm_tutorial.data import batches, default_data_root, load_fashion_mnist, load_sample
+from ddpm_tutorial.run.config import PRESETS
+from ddpm_tutorial.run.device import choose_device, memory_mib, new_model, sampling_steps
 from ddpm_tutorial.training import new_state, train_steps
 
 SMALL, PRECISIONS, NULL_LABEL = PRESETS["small"], ("fp32", "bf16"), 10
@@ -95,7 +96,7 @@ def forward(contestant, precision, batch, device, compiled=False):
 def our_samples(precision, labels, steps):
     "Guided samples as `ddpm_sample --method ddim` draws them."
     model, generator = new_model(SMALL, labels.device).eval(), torch.Generator().manual_seed(0)
-    config = replace(SMALL, method="ddim", num_inference_steps=steps)
+    config = replace(SMALL, sampling=replace(SMALL.sampling, method="ddim", num_inference_steps=steps))
     def work():
         for _ in sampling_steps(model, config, labels, generator=generator, precision=precision): pass
         return len(labels)
@@ -112,7 +113,7 @@ def their_samples(contestant, precision, labels, steps):
         x = torch.randn(len(labels), 1, 28, 28, device=labels.device)
         for t in scheduler.timesteps:
             with autocast(x.device, precision): without, with_label = call(model, torch.cat([x, x]), t, both).chunk(2)
-            x = scheduler.step(without + SMALL.guidance_scale*(with_label - without), t, x).prev_sample
+            x = scheduler.step(without + SMALL.sampling.guidance_scale*(with_label - without), t, x).prev_sample
         return len(labels)
     return work
 
@@ -181,7 +182,7 @@ def memory(contestant, precision, batch, device):
 def measure_memory(tasks):
     "Each in a process of its own, forked from one that has only imported: no other contestant's peak hides it."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers.models.unets.unet_2d", "denoising_diffusion_pytorch", "ddpm_tutorial.config"])
+    context.set_forkserver_preload(["diffusers.models.unets.unet_2d", "denoising_diffusion_pytorch", "ddpm_tutorial.run.config"])
     with context.Pool(1, maxtasksperchild=1) as pool: return dict(zip([task[:2] for task in tasks], pool.starmap(memory, tasks, chunksize=1)))
 
 def race_networks(what, mode, batch, make, run, device, keys):

@@ -20,7 +20,8 @@ def export(folder: Path):
     subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=folder, env=environment, check=True)
 
 def modules(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text(encoding="utf-8") for path in (folder/"ddpm_tutorial").glob("*.py")}
+    package = folder/"ddpm_tutorial"
+    return {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
 
 def main():
     with tempfile.TemporaryDirectory() as name:

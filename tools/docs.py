@@ -22,7 +22,7 @@ def rewrite(path: Path, change):
 def name_as_linked(folder: Path):
     "05_scheduler.ipynb becomes scheduler.ipynb, everywhere: Quarto reads that from `output-file`, smalldocs names a page after its notebook."
     new = {path.name: _nbpath2html(path.relative_to(folder)).with_suffix(".ipynb").name for path in folder.glob("*.ipynb")}
-    def renamed(text): return re.sub(r"\b\d\d_\w+\.ipynb", lambda found: new.get(found[0], found[0]), re.sub(r'\s*"output-file: .*\\n",', "", text))
+    def renamed(text): return re.sub(r"\b\d\d[a-z]?_\w+\.ipynb", lambda found: new.get(found[0], found[0]), re.sub(r'\s*"output-file: .*\\n",', "", text))
     for path in [*folder.glob("*.ipynb"), folder/"_quarto.yml"]: rewrite(path, renamed)
     for old, name in new.items(): (folder/old).rename(folder/name)
 

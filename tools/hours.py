@@ -29,7 +29,7 @@ def write(index: Path):
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         for path in lessons():
-            text = re.sub(rf"(?m)^(\| \d\d \| .*?\({path.name}\) \|) [\d½]+ \|", rf"\1 {in_halves(minutes(path))} |", text)
+            text = re.sub(rf"(?m)^(\| \d\d[a-z]? \| .*?\({path.name}\) \|) [\d½]+ \|", rf"\1 {in_halves(minutes(path))} |", text)
         cell["source"] = text.splitlines(keepends=True)
     index.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

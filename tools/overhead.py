@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.checkpoint import save_run
-from ddpm_tutorial.config import PRESETS, choose_precision, new_model
 from ddpm_tutorial.data import load_sample
-from ddpm_tutorial.tracking import Progress, Tracker, start_wandb, timed, write_report
-from ddpm_tutorial.train import TrainOptions
+from ddpm_tutorial.run.checkpoint import save_run
+from ddpm_tutorial.run.config import PRESETS
+from ddpm_tutorial.run.device import choose_precision, new_model
+from ddpm_tutorial.run.report import write_report
+from ddpm_tutorial.run.tracking import Progress, Tracker, start_wandb, timed
+from ddpm_tutorial.run.train import TrainOptions
 from ddpm_tutorial.training import new_state, total_steps, train_steps
 
 def seconds(work, times):

@@ -12,9 +12,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ddpm_tutorial.checkpoint import PRETRAINED, load_checkpoint, save_weights
-from ddpm_tutorial.config import PRESETS, differences
-from ddpm_tutorial.tracking import read_metrics
+from ddpm_tutorial.run.checkpoint import PRETRAINED, load_checkpoint, save_weights
+from ddpm_tutorial.run.config import PRESETS, differences
+from ddpm_tutorial.run.tracking import read_metrics
 from ddpm_tutorial.training import total_steps
 
 CARD = """# The trained `small`

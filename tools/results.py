@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.checkpoint import load_pretrained
-from ddpm_tutorial.config import choose_precision
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample, to_uint8
-from ddpm_tutorial.evaluation import alike, figures, load_classifier, look_at, nearest_distance
-from ddpm_tutorial.sample import draw_samples
-from ddpm_tutorial.training import random_generator
+from ddpm_tutorial.metrics import alike, figures, load_classifier, look_at, nearest_distance
+from ddpm_tutorial.run.checkpoint import load_pretrained
+from ddpm_tutorial.run.device import choose_precision
+from ddpm_tutorial.run.sample import draw_samples
+from ddpm_tutorial.training import Stream, random_generator
 
 SETTINGS = {"guidance 1.3": {}, "guidance 1": dict(guidance_scale=1.), "guidance 2": dict(guidance_scale=2.), "not clipped": dict(clip_sample=False)}
 
@@ -36,9 +36,9 @@ def main():
     output = Path(__file__).resolve().parent.parent/"nbs"/"results.json" if args.docs else args.output
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.quick: args.num_samples, reference, fresh = 20, load_sample("train"), load_sample("test")
-    else: reference, fresh = load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")[2000:]
+    else: reference, fresh = load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
     (model, config), classifier, labels = load_pretrained("small"), load_classifier(), torch.arange(args.num_samples) % len(CLASSES)
-    if args.quick: config = replace(config, num_inference_steps=2)
+    if args.quick: config = replace(config, sampling=replace(config.sampling, num_inference_steps=2))
     seen, precision = look_at(reference.images, classifier), choose_precision("auto", torch.device("cpu"))
     result = json.loads(output.read_text()) if output.exists() else dict(num_samples=args.num_samples, num_reference=len(reference), rows=[], nearest={})
 
@@ -51,7 +51,8 @@ def main():
         if any((row["what"], row["seed"]) == (what, seed) for row in result["rows"]): continue
         if what == "real images": images = alike(fresh, labels, seed)
         else:
-            drawn = draw_samples(model, replace(config, **SETTINGS[what]), labels, generator=random_generator(seed, 4), precision=precision)
+            settings = replace(config, sampling=replace(config.sampling, **SETTINGS[what]))
+            drawn = draw_samples(model, settings, labels, generator=random_generator(seed, Stream.SAMPLES), precision=precision)
             images = ImageData(to_uint8(drawn), labels, CLASSES)
         if seed == 0 and what in ("real images", "guidance 1.3"): near(what, images.images)
         row = dict(what=what, seed=seed, **figures(images, reference, seen, classifier))

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.checkpoint import load_pretrained
-from ddpm_tutorial.config import choose_precision
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample, to_uint8
-from ddpm_tutorial.evaluation import alike, figures, load_classifier, look_at
 from ddpm_tutorial.fast_sampling import METHODS, dpm_solver_steps
-from ddpm_tutorial.sample import draw_samples
+from ddpm_tutorial.metrics import alike, figures, load_classifier, look_at
+from ddpm_tutorial.run.checkpoint import load_pretrained
+from ddpm_tutorial.run.device import choose_precision
+from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.scheduler import NoiseScheduler
-from ddpm_tutorial.training import random_generator
+from ddpm_tutorial.training import Stream, random_generator
 
 STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50), "ddpm": (500, 10, 20, 50, 100),    # is the slowest one needed? The answer comes first
          "dpm++ log_snr": (15, 10, 20, 30), "dpm++ whole stride": (15,)}
@@ -58,10 +58,10 @@ def main():
     output = Path(__file__).resolve().parent.parent/"nbs"/"sampling_quality.json" if args.docs else args.output
     output.parent.mkdir(parents=True, exist_ok=True)
     if args.quick: args.num_samples, reference, fresh = 40, load_sample("train"), load_sample("test")
-    else: reference, fresh = load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")[2000:]
+    else: reference, fresh = load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
     (model, config), classifier, labels = load_pretrained("small"), load_classifier(), torch.arange(args.num_samples) % len(CLASSES)
     seen, precision = look_at(reference.images, classifier), choose_precision("auto", torch.device("cpu"))
-    settings = dict(model="small", guidance_scale=config.guidance_scale, clip_sample=config.clip_sample, num_samples=args.num_samples, num_reference=len(reference), precision=precision)
+    settings = dict(model="small", guidance_scale=config.sampling.guidance_scale, clip_sample=config.sampling.clip_sample, num_samples=args.num_samples, num_reference=len(reference), precision=precision)
     result = json.loads(output.read_text()) if output.exists() else {**settings, "rows": []}
     if {name: result[name] for name in settings} != settings: raise SystemExit(f"{output} was measured with other settings; move it away")
 
@@ -71,13 +71,14 @@ def main():
         start = time.perf_counter()
         if method == "real": images = alike(fresh, labels, seed)
         else:
-            drawn = draw_samples(model, replace(config, method=method, num_inference_steps=steps), labels, generator=random_generator(seed, 4), precision=precision)
+            sampling = replace(config.sampling, method=method, num_inference_steps=steps)
+            drawn = draw_samples(model, replace(config, sampling=sampling), labels, generator=random_generator(seed, Stream.SAMPLES), precision=precision)
             images = ImageData(to_uint8(drawn), labels, CLASSES)
         row = dict(method=method, steps=steps, seed=seed, seconds=time.perf_counter() - start, **figures(images, reference, seen, classifier))
         result["rows"].append(row)
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"{method:18}{steps:5} steps, seed {seed}: Fréchet distance {row['frechet_distance']:.4f}, class agreement {row['class_agreement']:.3f}, coverage {row['coverage']:.3f}, {row['seconds']:.0f} s", flush=True)
-    print(f"\n{args.num_samples:,} images, guidance {config.guidance_scale:g}; mean over {args.seeds} seeds ± standard error")
+    print(f"\n{args.num_samples:,} images, guidance {config.sampling.guidance_scale:g}; mean over {args.seeds} seeds ± standard error")
     for method, steps in [("real", 0), *sorted(dict.fromkeys(todo))]:
         mean, error = summary(result["rows"], method, steps)
         print(f"{method:18}{steps:5} steps: Fréchet distance {mean:.4f} ± {error:.4f}")
