@@ -129,7 +129,7 @@ def test_weights_of_another_network_are_refused(run, tmp_path, capsys):
 def test_modules_are_commands(module):
     "`python -m` is the same as the command: a wrong device is one line and exit code 2."
     args = ["--checkpoint", "x.pth"] if module == "sample" else []
-    done = subprocess.run([sys.executable, "-m", f"ddpm_tutorial.{module}", *args, "--device", "tpu"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", f"ddpm_tutorial.run.{module}", *args, "--device", "tpu"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: device must be") and done.stderr.count("\n") == 1
 
 def test_resuming_with_other_settings_names_them(run, capsys):

@@ -56,7 +56,7 @@ PHASES = { # where the run is when the signal comes: the call that waits for it,
     "validation": ("pause(train, 'validation_loss')", 5),
     "sampling": ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 2)", 5),           # the second of two steps of the sampler
     "a save": ("pause(checkpoint.torch, 'save', 2)", 4),
-    "a rename": ("pause(checkpoint.os, 'replace', 4)", 4),                        # config.json was the first, step 2 the next two
+    "a rename": ("pause(os, 'replace', 4)", 4),                        # config.json was the first, step 2 the next two
     "the save of an epoch": ("pause(tracking.Tracker, 'log_picture')", 5),
     "the last validation": ("pause(train, 'validation_loss', 2)", 10),
     "the last sampling": ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 4)", 10),
@@ -90,7 +90,7 @@ def test_a_signal_before_the_first_step(launcher, data, whole, tmp_path, number)
 
 def test_a_signal_after_the_last_save(launcher, data, whole, tmp_path):
     "While the report is made: all is saved, and nothing is left to do."
-    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(tracking, 'write_report', 2)")
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(report, 'write_report', 2)")
     process.waits()
     send(process, signal.SIGTERM, True)
     assert process.wait(10) == 143 and "Traceback" not in process.err
@@ -113,7 +113,7 @@ def test_a_signal_while_wandb_is_at_work(launcher, data, whole, tmp_path):
 def test_a_signal_to_the_sampling_command(launcher, whole, tmp_path, number, mode):
     "Ends within 10 s and leaves no file."
     args = drawing(whole, "--mode", mode, "--output", tmp_path/"new"/"a.png")
-    for before in ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 2)", "pause(checkpoint.os, 'fsync')"): # it draws, it writes
+    for before in ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 2)", "pause(os, 'fsync')"): # it draws, it writes
         process = launcher.start(args, before, "sample")
         process.waits()
         send(process, number, number == signal.SIGINT)
@@ -127,7 +127,7 @@ def compute(): # one call that lasts minutes, in which Python can do nothing
 pause(training, 'diffusion_loss', 4, compute)
 """
 
-@pytest.mark.parametrize("before", [LONG, "pause(training, 'diffusion_loss', 4)", "pause(checkpoint.os, 'fsync', 5)"],
+@pytest.mark.parametrize("before", [LONG, "pause(training, 'diffusion_loss', 4)", "pause(os, 'fsync', 5)"],
                          ids=["C", "a step", "a save"])
 def test_a_second_signal_ends_it_at_once(launcher, data, tmp_path, before):
     "Whatever it is in; the checkpoint before is whole."
@@ -152,10 +152,10 @@ def test_an_echo_is_no_second_signal(launcher, data, tmp_path):
 def test_two_runs_in_one_folder(launcher, data, whole, tmp_path):
     "The second is refused and the first does not notice, wherever it is; after a kill the folder is free again."
     args = tiny(data, tmp_path/"run", "--epochs", 2)
-    for before, says, more in (("pause(checkpoint.os, 'replace')", "another run is at work in", []), # in the middle of writing config.json
+    for before, says, more in (("pause(os, 'replace')", "another run is at work in", []), # in the middle of writing config.json
                                ("pause(training, 'diffusion_loss', 4)", "another run is at work in", ["--resume"]),
-                               ("pause(checkpoint.os, 'replace', 4)", "already holds a run", []), # in a save
-                               ("pause(checkpoint.os, 'replace', 4)", "another run is at work in", ["--resume"])):
+                               ("pause(os, 'replace', 4)", "already holds a run", []), # in a save
+                               ("pause(os, 'replace', 4)", "another run is at work in", ["--resume"])):
         shutil.rmtree(tmp_path/"run", ignore_errors=True)
         first = launcher.start(args, before)
         first.waits()
@@ -173,7 +173,7 @@ def test_two_runs_in_one_folder(launcher, data, whole, tmp_path):
 
 def test_samples_of_a_run_that_is_at_work(launcher, data, whole, tmp_path):
     "Another process may draw into the folder of a run, whatever this one is writing there."
-    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(checkpoint.os, 'replace', 6)") # of samples/epoch_001.png
+    process = launcher.start(tiny(data, tmp_path/"run", "--epochs", 2), "pause(os, 'replace', 6)") # of samples/epoch_001.png
     process.waits()
     assert (tmp_path/"run"/"samples"/"epoch_001.png.partial").exists()
     code, err = launcher.run(drawing(tmp_path/"run", "--num_samples", 1), module="sample")
@@ -205,7 +205,7 @@ def test_a_folder_that_is_not_there_or_not_writable(launcher, data, whole, tmp_p
 def test_after_a_kill_before_the_first_checkpoint(launcher, data, whole, tmp_path):
     "The folder can be used again, and what was left half-written is swept up."
     args = tiny(data, tmp_path/"run", "--epochs", 2)
-    process = launcher.start(args, "pause(checkpoint.os, 'replace', 2)")
+    process = launcher.start(args, "pause(os, 'replace', 2)")
     process.waits()
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not nothing_half(tmp_path/"run") and (tmp_path/"run"/"config.json").exists()
@@ -234,7 +234,7 @@ def test_killed_between_the_names_of_a_save(launcher, data, whole, tmp_path):
     "The checkpoint of an epoch is written and not yet called the best, or the best and not yet the latest: the run that goes on leaves the same best model."
     for call in (8, 9): # config.json, two for each of steps 2 and 4, the picture, the checkpoint of step 5, and then its names
         args = tiny(data, tmp_path/str(call), "--epochs", 2)
-        process = launcher.start(args, f"pause(checkpoint.os, 'replace', {call})")
+        process = launcher.start(args, f"pause(os, 'replace', {call})")
         process.waits()
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL and newest(tmp_path/str(call))["step"] == 4
@@ -404,7 +404,7 @@ def test_stopped_and_taken_up_again(launcher, data, whole, tmp_path, stops):
     args = tiny(data, tmp_path/"run", "--epochs", 2)
     begin = 0
     for stop in stops:
-        place = f"pause(tracking, 'write_report', {1 + (begin < 5)})" if stop == 10 else f"pause(training, 'drop_labels', {stop - begin + 1})"
+        place = f"pause(report, 'write_report', {1 + (begin < 5)})" if stop == 10 else f"pause(training, 'drop_labels', {stop - begin + 1})"
         process = launcher.start([*args, *["--resume"]*(begin > 0)], place)
         process.waits()
         os.kill(process.pid, signal.SIGKILL)

@@ -26,8 +26,8 @@ VARIANTS = {
 RAW = "raw instead of averaged weights"   # measured on the recipe's own run
 
 def run(module, options):
-    print(f"python -m ddpm_tutorial.{module} {options}", flush=True)
-    subprocess.run([sys.executable, "-m", f"ddpm_tutorial.{module}", *options.split()], check=True)
+    print(f"python -m ddpm_tutorial.run.{module} {options}", flush=True)
+    subprocess.run([sys.executable, "-m", f"ddpm_tutorial.run.{module}", *options.split()], check=True)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +49,7 @@ def main():
             stopped = " --resume"*any((folder/"checkpoints").glob("*.pth"))
             run("train", f"--config small {data} --epochs {args.epochs}{few_steps} --no-wandb --output_dir {folder} {options}{stopped}")
         if not result.exists():
-            run("evaluation", f"--checkpoint {folder}/checkpoints/best_model.pth --num_samples {args.num_samples} --output {result} {data}{few_calls}" + f" {options}"*(name == RAW))
+            run("evaluate", f"--checkpoint {folder}/checkpoints/best_model.pth --num_samples {args.num_samples} --output {result} {data}{few_calls}" + f" {options}"*(name == RAW))
         lines = [json.loads(line) for line in (folder/"metrics.jsonl").read_text().splitlines()]
         found, loss = json.loads(result.read_text()), next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
         comparable = name != RAW and "prediction_type" not in options and "schedule" not in options   # else it is the loss of something else
