@@ -147,7 +147,7 @@ def _look_into(folder: Path) -> tuple[list[Path], list[Path], list[str]]: # imag
             if file.suffix.lower() not in endings or not file.is_file(): others.append(file)
             elif images and images[0].parent == folder != file.parent:
                 raise DataError(f"{images[0]} lies beside folders with images ({file}); give it its own")
-            elif folder not in (file.parent, file.parents[1]):
+            elif len(file.relative_to(folder).parts) > 2:
                 raise DataError(f"{file} lies too deep: images must lie in {folder}, or in its folders")
             else: images.append(file)
     return images, others, top or []
@@ -277,6 +277,7 @@ def load_images(
     resize: int|None=None # scale the middle square of each image to this many pixels
 ) -> ImageData:           # any size from 8 pixels, grey or colour
     "Your own images. Raises `DataError`, which names the file; warns, in one line, of what it left out."
+    if not os.fspath(path): raise DataError("the path of the images is empty: name a folder or an .npz file")
     path = Path(os.path.expanduser(path))
     try:
         if path.is_dir(): return _load_folder(path, resize)

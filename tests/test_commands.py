@@ -277,6 +277,12 @@ def test_home_is_written_out(tmp_path, monkeypatch, capsys):
     found = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} # other libraries have caches there
     assert found == {"own.npz", "run", "branch", "a.png", "drawn"}
 
+def test_a_home_that_is_not_there_is_refused(capsys):
+    "One line and exit code 2, also for `~` with a name."
+    assert command(train, *SHORT, "--output_dir", "~nobody_of_this_name/run") == 2
+    assert capsys.readouterr().err == "error: output_dir: there is no home folder ~nobody_of_this_name\n"
+
+
 @pytest.mark.parametrize("args, says", [(["--data", "sample", "--batch_size", "1001"], "there are 1,000 images"),
                                         (["--data", "OWN", "--batch_size", "28"], "there are 27 images")])
 def test_a_batch_larger_than_the_data(tmp_path, args, says, capsys):

@@ -144,6 +144,14 @@ def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path, offline):
     with pytest.raises(DataError, match=str(tmp_path/"home"/"data")): load_data()
     assert not (tmp_path/"~").exists()
 
+def test_images_in_the_working_folder(tmp_path, monkeypatch):
+    "`.` is a folder like any other, and an empty path, such as a variable that is not set, is none."
+    for i in range(20): Image.new("L", (16, 16), i).save(tmp_path/f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_images(".")) == 20
+    for load in (load_images, load_data):
+        with pytest.raises(DataError, match="the path of the images is empty"): load("")
+
 
 def test_real_fashion_mnist():
     "All 70,000: count, mean, standard deviation, and every bundled image is one of them, with the same label."

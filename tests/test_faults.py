@@ -449,6 +449,16 @@ def test_the_output_goes_away(tmp_path, how):
     assert (tmp_path/"rün"/"report.html").exists() and nothing_half(tmp_path/"rün")
     if how == "no UTF-8": assert "\\u65e5\\u672c 0" in done.stdout
 
+@pytest.mark.parametrize("how", GONE)
+def test_the_output_of_an_evaluation_goes_away(tmp_path, how):
+    "It is written to its file all the same."
+    samples, output = own_images(tmp_path/"own.npz"), tmp_path/"found.json"
+    command = [sys.executable, "-m", "ddpm_tutorial.run.evaluate", "--samples", samples, "--data", "sample", "--output", output]
+    line, variables = GONE[how]
+    done = subprocess.run(["bash", "-c", "set -o pipefail; " + line.format(shlex.join(map(str, command)))], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, timeout=120)
+    assert done.returncode == 0 and done.stderr == "" and output.exists(), done.stderr
+
 def test_a_terminal_that_is_closed(data, tmp_path):
     "An SSH line that drops: the run saves and ends with the exit code of SIGHUP."
     pid, terminal = pty.fork()

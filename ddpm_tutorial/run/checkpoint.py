@@ -160,12 +160,13 @@ def load_weights(
 
 # %% ../../nbs/11_checkpoint.ipynb #57595ac4
 def load_model(
-    path: Path,
+    path: str|Path,
     *,
     use_ema: bool=True,              # the averaged weights, else those of the last step
     device: torch.device|str="cpu"
 ) -> tuple[UNet, Config]:
     "A trained model, ready to sample from, and its configuration. Raises `CheckpointError`."
+    path = Path(path).expanduser()
     checkpoint = load_weights(path) if holds_weights(path) else load_checkpoint(path)
     if not use_ema and "model" not in checkpoint: raise CheckpointError(f"{path} has the averaged weights only")
     model = new_model(checkpoint["config"], device)

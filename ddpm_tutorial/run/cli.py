@@ -31,9 +31,15 @@ def fill_in_flags(cls: type, args: list[str]) -> list[str]:
     return found
 
 def expand_paths(options): # a dataclass
-    "The same, with `~` written out in every path."
+    "The same, with `~` written out in every path. Ends the program with exit code 2 for a home that is not there."
     found = {field.name: getattr(options, field.name) for field in fields(options)}
-    return replace(options, **{name: path.expanduser() for name, path in found.items() if isinstance(path, Path)})
+    paths = {name: path for name, path in found.items() if isinstance(path, Path)}
+    for name, path in paths.items():
+        try: paths[name] = path.expanduser()
+        except RuntimeError:
+            print(f"error: {name}: there is no home folder {path.parts[0]}", file=sys.stderr)
+            sys.exit(2)
+    return replace(options, **paths)
 
 def parse_options(
     cls: type,                 # a dataclass: its fields become the options

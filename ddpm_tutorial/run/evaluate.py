@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data import CLASSES, ImageData, load_fashion_mnist, load_images, load_sample, to_uint8, without_labels
 from ..metrics import alike, figures, load_classifier, look_at
-from .cli import parse_options, run_command
+from .cli import parse_options, run_command, steady_output
 from .config import ConfigError
 from .device import choose_device, choose_precision, memory_advice
 from .files import make_folder, write_atomic
@@ -122,7 +122,7 @@ def evaluate(
 
 def ddpm_evaluate():
     "`ddpm_evaluate`, the same as `python -m ddpm_tutorial.run.evaluate`."
-    run_command(evaluate, parse_options(EvaluateOptions))
+    with steady_output(): run_command(evaluate, parse_options(EvaluateOptions))
 
 # %% ../../nbs/15b_evaluate.ipynb #891ad385
 #| eval: false
