@@ -133,9 +133,9 @@ def test_modules_are_commands(module):
     assert done.returncode == 2 and done.stderr.startswith("error: device must be") and done.stderr.count("\n") == 1
 
 def test_resuming_with_other_settings_names_them(run, capsys):
-    "What may not differ is listed."
+    "What may not differ is listed, with both values."
     assert command(train, "--config", "tiny", *SHORT, "--output_dir", run, "--resume", "--lr", "1e-5") == 2
-    assert "train.lr" in capsys.readouterr().err
+    assert "train.lr 0.002 (now 1e-05)" in capsys.readouterr().err
 
 @pytest.mark.parametrize("args, says", [
     (["--epochs", "0"], "epochs must be at least 1"), (["--lr", "nan"], "lr must be above 0"), (["--batch_size", "-1"], "batch_size"),
@@ -355,6 +355,8 @@ def test_weights_by_any_name(run, tmp_path):
     weights.write_bytes(PRETRAINED["small"].read_bytes())
     checkpoint.write_bytes((run/"checkpoints"/"latest.pth").read_bytes())
     assert load_model(weights)[1] == load_model(PRETRAINED["small"])[1] and load_model(checkpoint)[1] == load_model(run/"checkpoints"/"latest.pth")[1]
+    assert command(train, *SHORT, "--resume_from", weights, "--output_dir", tmp_path/"branch") == 1
+    assert "holds weights only" in capsys.readouterr().err
     (tmp_path/"damaged.safetensors").write_bytes(PRETRAINED["small"].read_bytes()[:-1000])
     for path, says in ((tmp_path/"damaged.safetensors", "cannot be read"), (tmp_path/"none.safetensors", "is not there")):
         with pytest.raises(CheckpointError, match=says): load_model(path)

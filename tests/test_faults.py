@@ -347,10 +347,10 @@ def test_a_resume_with_other_settings_is_refused(launcher, data, copy, tmp_path)
     kept = (copy/"checkpoints"/"latest.pth").read_bytes()
     for way in (["--resume"], ["--resume_from", copy/"checkpoints"/"best_model.pth", "--output_dir", tmp_path/"branch"]):
         args = lambda *more: [*tiny(data, copy, "--epochs", 2), *more, *way]
-        refused(launcher, args("--lr", 1e-4, "--base_channels", 32), "another model.base_channels, train.lr;")
-        refused(launcher, args("--precision", "bf16"), "another precision;")
+        refused(launcher, args("--lr", 1e-4, "--base_channels", 32), "was made with model.base_channels 16 (now 32), train.lr 0.002 (now 0.0001);")
+        refused(launcher, args("--precision", "bf16"), "was made with precision fp32 (now bf16);")
         refused(launcher, args("--num_inference_steps", 3, "--guidance_scale", 4, "--schedule", "linear"),
-                "another sampling.guidance_scale, sampling.num_inference_steps, scheduler.schedule;")
+                "was made with sampling.guidance_scale 2.0 (now 4.0), sampling.num_inference_steps 2 (now 3), scheduler.schedule cosine (now linear);")
     own_images(tmp_path/"more.npz", 41)
     data_before = data.read_bytes()
     try:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'KEEP', 'PRETRAINED', 'CheckpointError', 'DamagedCheckpoint', 'tensors_in', 'save_checkpoint', 'found_in',
-           'load_checkpoint', 'save_run', 'load_latest', 'save_weights', 'holds_weights', 'load_weights', 'load_model',
+           'holds_weights', 'load_checkpoint', 'save_run', 'load_latest', 'save_weights', 'load_weights', 'load_model',
            'load_pretrained', 'restore']
 
 # %% ../../nbs/11_checkpoint.ipynb #36685642
@@ -65,12 +65,18 @@ def found_in(
     names = ("best_model.pth", "latest.pth", "*.pth", "*.safetensors")
     return [file for place in (folder/"checkpoints", folder) for name in names for file in sorted(place.glob(name))]
 
+def holds_weights(path: Path) -> bool:
+    "Whether it is a file of `save_weights`, whatever its name: eight bytes, and then the head as JSON."
+    if not path.is_file(): return False
+    with open(path, "rb") as file: return (head := file.read(9))[8:] == b"{" and head[:2] != b"PK" # which a checkpoint begins with
+
 def load_checkpoint(
     path: Path
 ) -> dict: # as saved, with `config` as a `Config`
     "Checks before it believes. Raises `CheckpointError` for a file that is missing or from another version, or whose configuration cannot be read, `DamagedCheckpoint` for any other that is not whole."
     if path.is_dir(): raise CheckpointError(f"{path} is a folder; name a checkpoint in it{next((f', e.g. {file}' for file in found_in(path)), '')}")
     if not path.is_file(): raise CheckpointError(f"{path} is not there; a run leaves its checkpoints in OUTPUT_DIR/checkpoints")
+    if holds_weights(path): raise CheckpointError(f"{path} holds weights only, which one can sample from; a run goes on from a checkpoint (.pth)")
     try:
         with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
     except MemoryError: raise
@@ -141,11 +147,6 @@ def save_weights(
     "Averaged weights in half precision, with the configuration beside them: an eighth of a checkpoint."
     half = {name: weight.half().contiguous() for name, weight in weights.items()}
     write_atomic(path, lambda file: file.write(save(half, {"config": json.dumps(asdict(config))})))
-
-def holds_weights(path: Path) -> bool:
-    "Whether it is a file of `save_weights`, whatever its name: eight bytes, and then the head as JSON."
-    if not path.is_file(): return False
-    with open(path, "rb") as file: return file.read(9)[8:] == b"{"
 
 def load_weights(
     path: Path # from `save_weights`
