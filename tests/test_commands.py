@@ -349,7 +349,7 @@ def test_a_folder_for_a_checkpoint(run, capsys):
     assert command(train, "--config", "tiny", *SHORT, "--resume_from", run, "--output_dir", run.parent/"new") in (1, 2)
     assert "is a folder" in capsys.readouterr().err
 
-def test_weights_by_any_name(run, tmp_path):
+def test_weights_by_any_name(run, tmp_path, capsys):
     "A file is known by what is in it: weights in half precision called .pth, a checkpoint called .safetensors."
     weights, checkpoint = tmp_path/"weights.pth", tmp_path/"checkpoint.safetensors"
     weights.write_bytes(PRETRAINED["small"].read_bytes())
