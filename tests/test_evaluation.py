@@ -159,7 +159,8 @@ def test_save_weights_there_and_back(tmp_path):
 
 # --- the command ---
 
-QUICK = ("--data", "sample", "--num_samples", 20, "--num_inference_steps", 2, "--device", "cpu")
+REAL = ("--data", "sample", "--device", "cpu")
+QUICK = (*REAL, "--num_samples", 20, "--num_inference_steps", 2)
 
 def test_evaluate_the_shipped_model(tmp_path, monkeypatch, capsys):
     "Without any checkpoint: figures of samples and of real images, printed and in a file of the run's own folder."
@@ -177,11 +178,11 @@ def test_evaluate_a_file_of_samples(tmp_path):
     fresh = load_sample("test")
     pixels = fresh.images.permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path/"real.npz", arr_0=pixels, arr_1=fresh.labels.numpy())
-    assert command(*QUICK, "--samples", tmp_path/"real.npz", "--output", tmp_path/"a.json") == 0
+    assert command(*REAL, "--samples", tmp_path/"real.npz", "--output", tmp_path/"a.json") == 0
     found = json.loads((tmp_path/"a.json").read_text())
     assert found["num_images"] == 200 and found["samples"]["frechet_distance"] == pytest.approx(found["real"]["frechet_distance"], rel=1e-3)
     np.savez(tmp_path/"bare.npz", arr_0=pixels[:50])
-    assert command(*QUICK, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"b.json") == 0
+    assert command(*REAL, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"b.json") == 0
     found = json.loads((tmp_path/"b.json").read_text())
     assert "class_agreement" not in found["samples"] and "class_agreement" not in found["real"]
 
@@ -199,7 +200,7 @@ def test_evaluate_refuses(tmp_path, monkeypatch, capsys, args, code, message):
     fresh = load_sample("test")
     np.savez(tmp_path/"colour.npz", arr_0=fresh.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy(), arr_1=fresh.labels.numpy())
     np.savez(tmp_path/"labels.npz", arr_0=fresh.images.permute(0, 2, 3, 1).numpy(), arr_1=fresh.labels.numpy() % 2 + 11)
-    assert command(*QUICK, *args) == code
+    assert command(*(REAL if "--samples" in args else QUICK), *args) == code
     said = capsys.readouterr().err
     assert message in said and len(said.strip().splitlines()) == 1
     assert not list(tmp_path.rglob("*.json"))
@@ -209,7 +210,7 @@ def test_too_few_real_images_is_said_before_anything_is_drawn(tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "draw_samples", lambda *_, **__: pytest.fail("something was drawn"))
     assert command(*QUICK, "--num_samples", 2000, "--output", tmp_path/"a.json") == 2
     np.savez(tmp_path/"bare.npz", arr_0=load_sample("train").images[:201].permute(0, 2, 3, 1).numpy())
-    assert command(*QUICK, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"a.json") == 2
+    assert command(*REAL, "--samples", tmp_path/"bare.npz", "--output", tmp_path/"a.json") == 2
     assert "201 samples need as many real images" in capsys.readouterr().err and not (tmp_path/"a.json").exists()
 
 # --- two settings ---
@@ -233,17 +234,25 @@ def test_paired_difference_is_the_paired_t_test():
 def test_a_file_of_too_few_images_is_refused_by_a_sentence(tmp_path, capsys, n, code):
     "As for --num_samples: 20 are needed; and the file is named."
     np.savez(tmp_path/"few.npz", arr_0=load_sample("test").images[:n].permute(0, 2, 3, 1).numpy())
-    assert command(*QUICK, "--samples", tmp_path/"few.npz", "--output", tmp_path/"a.json") == code
+    assert command(*REAL, "--samples", tmp_path/"few.npz", "--output", tmp_path/"a.json") == code
     said = capsys.readouterr().err
     if code: assert f"few.npz: at least 20 images are needed, and there are {n}" in said and "Traceback" not in said
     assert (tmp_path/"a.json").exists() == (code == 0)
 
+def test_samples_are_measured_as_they_are(tmp_path):
+    "Options that decide how to draw would have no effect, so they are refused; the figures lie beside the samples."
+    with (tmp_path/"real.npz").open("wb") as file: np.savez(file, arr_0=load_sample("test").images.permute(0, 2, 3, 1).numpy())
+    for unused in (("--guidance_scale", 3), ("--checkpoint", tmp_path/"a.pth"), ("--method", "ddim")):
+        assert command(*REAL, "--samples", tmp_path/"real.npz", *unused) == 2
+    assert not list(tmp_path.glob("*.json"))
+    assert command(*REAL, "--samples", tmp_path/"real.npz") == 0 and (tmp_path/"real.json").exists()
+
 def test_endings_in_any_case(tmp_path):
     ".NPZ and .Json are what .npz and .json are."
     with (tmp_path/"real.NPZ").open("wb") as file: np.savez(file, arr_0=load_sample("test").images.permute(0, 2, 3, 1).numpy())
-    assert command(*QUICK, "--samples", tmp_path/"real.NPZ", "--output", tmp_path/"a.Json") == 0
+    assert command(*REAL, "--samples", tmp_path/"real.NPZ", "--output", tmp_path/"a.Json") == 0
     assert json.loads((tmp_path/"a.Json").read_text())["num_images"] == 200
-    assert command(*QUICK, "--samples", tmp_path/"real.png") == command(*QUICK, "--output", tmp_path/"a.txt") == 2
+    assert command(*REAL, "--samples", tmp_path/"real.png") == command(*QUICK, "--output", tmp_path/"a.txt") == 2
 
 def test_train_classifier_on_another_device(monkeypatch):
     "Weights, batches and autocast are on the device that was asked for; a step on the CPU would not run with weights elsewhere."

@@ -37,7 +37,7 @@ class EvaluateOptions(DrawOptions):
     samples: Path|None=None                 # measure these instead of drawing: an .npz from `ddpm_sample`
     num_samples: int=1000                   # to draw; through the classes in turn
     inception: bool=False                   # Fréchet distance on Inception's features as well (needs torch-fidelity and a download)
-    output: Path|None=None                  # .json; default evaluation.json in the folder of the run
+    output: Path|None=None                  # .json; default evaluation.json in the folder of the run, or beside the samples
     data: Literal["fashion_mnist", "sample"]="fashion_mnist" # real images: the published ones, or the part that comes with the package
     data_root: Path|None=None               # folder that holds FashionMNIST/raw; default DDPM_DATA_ROOT, else data
 
@@ -46,6 +46,10 @@ class EvaluateOptions(DrawOptions):
         if self.num_samples < FEWEST:
             raise ValueError(f"num_samples must be at least {FEWEST}, not {self.num_samples}: "
                              "a figure over fewer says nothing")
+        drawing = ("checkpoint", "config", "guidance_scale", "num_inference_steps", "method", "clip_sample")
+        unused = [name for name in drawing if getattr(self, name) is not None]
+        if self.samples and unused:
+            raise ValueError(f"samples are measured as they are: leave {' and '.join(unused)} out")
         for name, path, ending in (("samples", self.samples, ".npz"), ("output", self.output, ".json")):
             if path and path.suffix.lower() != ending:
                 raise ValueError(f"{name} must end in {ending}, not {path.name!r}")
@@ -101,7 +105,8 @@ def evaluate(
     options: EvaluateOptions
 ) -> dict: # {"samples": figures, "real": figures, ...}
     "Samples and as many fresh real images, each against the training images; written to a file and printed. Raises as `samples_to_measure` does."
-    output = options.output or run_folder(options.checkpoint)/"evaluation.json"
+    own_place = options.samples.with_suffix(".json") if options.samples else run_folder(options.checkpoint)/"evaluation.json"
+    output = options.output or own_place
     make_folder(output.parent)
     with StopOnSignal():
         if options.data == "sample": reference, fresh = load_sample("train"), load_sample("test")
