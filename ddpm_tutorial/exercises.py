@@ -94,9 +94,10 @@ def exercise(
         return "we got " + ", ".join(f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}" for number in numbers)
 
     def apart(one, other): # a guess is told the direction only: with the distance the next guess would be right
-        guesses = eps >= 0.01 and all(isinstance(value, Tensor) and value.numel() == 1 and value.isfinite().all() for value in (one, other))
-        if guesses and not difference(one, other, eps): return None
-        return f"It is too {'small' if one.item() < other.item() else 'large'}." if guesses else difference(one, other, eps)
+        words = difference(one, other, eps)
+        if not words or eps < 0.01: return words
+        if not all(isinstance(value, Tensor) and value.numel() == 1 and value.isfinite().all() for value in (one, other)): return words
+        return f"It is too {'small' if one.item() < other.item() else 'large'}."
 
     def verdict(answer):
         returned, all_cases = [], f"in {len(cases)} of {len(cases)} cases"

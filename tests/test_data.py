@@ -153,11 +153,14 @@ def test_images_in_the_working_folder(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="the path of the images is empty"): load("")
 
 
+REAL = os.environ.get("DDPM_DATA_ROOT")
+needs_the_real_images = pytest.mark.skipif(not REAL or not (Path(REAL)/"FashionMNIST"/"raw").is_dir(),
+                                           reason="the real Fashion-MNIST is not at hand: set DDPM_DATA_ROOT to the folder that holds FashionMNIST/raw")
+
+
+@needs_the_real_images
 def test_real_fashion_mnist():
     "All 70,000: count, mean, standard deviation, and every bundled image is one of them, with the same label."
-    root = os.environ.get("DDPM_DATA_ROOT")
-    if not root or not (Path(root)/"FashionMNIST"/"raw").is_dir():
-        pytest.skip("the real Fashion-MNIST is not at hand: set DDPM_DATA_ROOT to the folder that holds FashionMNIST/raw")
     for split, count in (("train", 60_000), ("published_test", 10_000)):
         data = load_fashion_mnist(split=split)
         assert data.images.shape == (count, 1, 28, 28) and data.classes == CLASSES
@@ -171,10 +174,9 @@ def test_real_fashion_mnist():
         assert len(set(bundled)) == len(bundled) and set(bundled) <= real
 
 
+@needs_the_real_images
 def test_validation_and_test_are_the_published_test_images():
     "The first 2,000 and the rest, so that what chooses the weights does not judge them."
-    root = os.environ.get("DDPM_DATA_ROOT")
-    if not root or not (Path(root)/"FashionMNIST"/"raw").is_dir(): pytest.skip("the real Fashion-MNIST is not at hand")
     published, validation, test = (load_fashion_mnist(split=split) for split in ("published_test", "validation", "test"))
     assert (len(validation), len(test)) == (2000, 8000)
     assert torch.equal(torch.cat([validation.images, test.images]), published.images)

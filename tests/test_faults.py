@@ -436,15 +436,20 @@ GONE = { # what a shell makes of the command line, and what is asked of the envi
     "full disk": ("{} >/dev/full 2>/dev/full", {}), "no UTF-8": ("{}", {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}),
 }
 
+def with_output_gone(command, how):
+    "Runs a command line in a shell, in one of the ways of `GONE`."
+    line, variables = GONE[how]
+    done = subprocess.run(["bash", "-c", "set -o pipefail; " + line.format(shlex.join(map(str, command)))], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, timeout=120)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done
+
 @pytest.mark.parametrize("how", GONE)
 def test_the_output_goes_away(tmp_path, how):
     "A pipe that nobody reads, a stream that is closed, letters that the terminal does not have: the run goes on, and leaves what it always leaves."
     data = own_images(tmp_path/"own.npz")
     with np.load(data) as file: np.savez(data, **file, classes=np.array([f"日本 {i}" for i in range(10)]))
-    line, variables = GONE[how]
-    command = "set -o pipefail; " + line.format(shlex.join(typed(data, tmp_path/"rün")))
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, timeout=120)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    done = with_output_gone(typed(data, tmp_path/"rün"), how)
     assert newest(tmp_path/"rün")["step"] == 5 and [line["step"] for line in lines(tmp_path/"rün")] == [1, 2, 3, 4, 5, 5]
     assert (tmp_path/"rün"/"report.html").exists() and nothing_half(tmp_path/"rün")
     if how == "no UTF-8": assert "\\u65e5\\u672c 0" in done.stdout
@@ -454,10 +459,8 @@ def test_the_output_of_an_evaluation_goes_away(tmp_path, how):
     "It is written to its file all the same."
     samples, output = own_images(tmp_path/"own.npz"), tmp_path/"found.json"
     command = [sys.executable, "-m", "ddpm_tutorial.run.evaluate", "--samples", samples, "--data", "sample", "--output", output]
-    line, variables = GONE[how]
-    done = subprocess.run(["bash", "-c", "set -o pipefail; " + line.format(shlex.join(map(str, command)))], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, timeout=120)
-    assert done.returncode == 0 and done.stderr == "" and output.exists(), done.stderr
+    with_output_gone(command, how)
+    assert output.exists()
 
 def test_a_terminal_that_is_closed(data, tmp_path):
     "An SSH line that drops: the run saves and ends with the exit code of SIGHUP."

@@ -63,4 +63,6 @@ def everything() -> dict[str, np.ndarray]:
     for name, config in SCHEDULERS.items(): found |= {f"{name}_{key}": value for key, value in process(config.build()).items()}
     return found
 
-if __name__ == "__main__": np.savez_compressed(STORED, **everything())
+if __name__ == "__main__":
+    with np.load(STORED) as arrays: of_0_6 = arrays["samples_of_0_6"]
+    np.savez_compressed(STORED, samples_of_0_6=of_0_6, **everything())

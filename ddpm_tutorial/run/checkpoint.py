@@ -68,7 +68,7 @@ def found_in(
 def holds_weights(path: Path) -> bool:
     "Whether it is a file of `save_weights`, whatever its name: eight bytes, and then the head as JSON."
     if not path.is_file(): return False
-    with open(path, "rb") as file: return (head := file.read(9))[8:] == b"{" and head[:2] != b"PK" # which a checkpoint begins with
+    with open(path, "rb") as file: return file.read(9)[8:] == b"{"
 
 def load_checkpoint(
     path: Path
@@ -76,13 +76,14 @@ def load_checkpoint(
     "Checks before it believes. Raises `CheckpointError` for a file that is missing or from another version, or whose configuration cannot be read, `DamagedCheckpoint` for any other that is not whole."
     if path.is_dir(): raise CheckpointError(f"{path} is a folder; name a checkpoint in it{next((f', e.g. {file}' for file in found_in(path)), '')}")
     if not path.is_file(): raise CheckpointError(f"{path} is not there; a run leaves its checkpoints in OUTPUT_DIR/checkpoints")
-    if holds_weights(path): raise CheckpointError(f"{path} holds weights only, which one can sample from; a run goes on from a checkpoint (.pth)")
     try:
         with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
     except MemoryError: raise
     except PermissionError as error: raise CheckpointError(f"{path} cannot be read ({error})") from error
     except Exception as error: # zipfile has many for a damaged archive, some of them undocumented
-        raise DamagedCheckpoint(f"{path} is damaged or no checkpoint ({error})") from error
+        found = f"is damaged or no checkpoint ({error})"
+        if holds_weights(path): found = "holds weights only, which one can sample from; a run goes on from a checkpoint (.pth)"
+        raise DamagedCheckpoint(f"{path} {found}") from error
     if damaged: raise DamagedCheckpoint(f"{path} is damaged: the checksum of {damaged} inside is wrong")
     try:
         with open(path, "rb") as file: values = torch.load(file, map_location="cpu", weights_only=True) # not the path: torch would go by its ending

@@ -87,14 +87,15 @@ MAY_DIFFER = {"train.epochs", "train.max_steps", "data", "resize"} # between the
 def differences(
     one: Config,
     other: Config
-) -> list[str]: # e.g. ["model.base_channels", "sampling.guidance_scale"]
-    "Names of the fields in which two configurations differ."
+) -> dict: # e.g. {"model.base_channels": (32, 64)}
+    "The fields in which two configurations differ, with both values."
     def flat(values, prefix=""):
         for name, value in values.items():
             if isinstance(value, dict): yield from flat(value, f"{prefix}{name}.")
             else: yield f"{prefix}{name}", value
     a, b, missing = dict(flat(asdict(one))), dict(flat(asdict(other))), object()
-    return [name for name in {**a, **b} if a.get(name, missing) != b.get(name, missing)]
+    pairs = {name: (a.get(name, missing), b.get(name, missing)) for name in {**a, **b}}
+    return {name: (x, y) for name, (x, y) in pairs.items() if x != y}
 
 # %% ../../nbs/10_config.ipynb #819c6656
 TINY = Config(

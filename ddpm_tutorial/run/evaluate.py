@@ -46,8 +46,7 @@ class EvaluateOptions(DrawOptions):
         if self.num_samples < FEWEST:
             raise ValueError(f"num_samples must be at least {FEWEST}, not {self.num_samples}: "
                              "a figure over fewer says nothing")
-        drawing = ("checkpoint", "config", "guidance_scale", "num_inference_steps", "method", "clip_sample")
-        unused = [name for name in drawing if getattr(self, name) is not None]
+        unused = [name for name in ("checkpoint", "config") if getattr(self, name)] + list(self.sampling_changes)
         if self.samples and unused:
             raise ValueError(f"samples are measured as they are: leave {' and '.join(unused)} out")
         for name, path, ending in (("samples", self.samples, ".npz"), ("output", self.output, ".json")):

@@ -13,7 +13,6 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from functools import reduce
 from pathlib import Path
 from typing import Literal
 
@@ -91,8 +90,7 @@ def starting_point(
     except TypeError as error: raise CheckpointError(f"{path} was not saved by a training run ({error})") from error
     before = checkpoint["config"]
     now, precision = fit_to_data(options.settings, before.image_shape, before.classes), checkpoint["progress"].precision
-    def value(config, name): return reduce(getattr, name.split("."), config)
-    differing = [f"{name} {value(before, name)} (now {value(now, name)})" for name in sorted(set(differences(now, before)) - MAY_DIFFER)]
+    differing = [f"{name} {then} (now {here})" for name, (here, then) in sorted(differences(now, before).items()) if name not in MAY_DIFFER]
     if options.precision not in ("auto", precision): differing.append(f"precision {precision} (now {options.precision})")
     if differing:
         raise ConfigError(f"{path} was made with {', '.join(differing)}; leave that as it was (--config, too), or start a new run")
