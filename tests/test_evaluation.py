@@ -78,6 +78,13 @@ def test_nearest_distance_by_hand():
     expected = ((images[:, None].double() - others[None].double())**2).mean(dim=(2, 3, 4)).sqrt().min(dim=1).values
     torch.testing.assert_close(nearest_distance(images, others).double(), expected, rtol=1e-4, atol=1e-2)
     assert not nearest_distance(others, others).any()
+    images = load_sample().images
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2):       # the order of a sum depends on it, and with it the rounding
+            torch.set_num_threads(number)
+            assert not nearest_distance(images[:50], images).any()
+    finally: torch.set_num_threads(threads)
 
 def test_class_agreement():
     "Share and standard error; the latter as scipy has it."
