@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .sampler import Step, conditions_for, ddpm_steps, first_noise, imagine
+from .sampler import Step, prepare_conditions, ddpm_steps, initial_noise, predict_x0
 from .scheduler import NoiseScheduler
 
 # %% ../nbs/08_fast_sampling.ipynb #ed47cb66
@@ -31,10 +31,10 @@ def ddim_steps(
 ) -> Iterator[Step]:
     "Denoising diffusion implicit models ([2010.02502](https://arxiv.org/abs/2010.02502), eq. 12 and 16). Raises `ValueError` for an eta outside of 0 ... 1."
     if not 0 <= eta <= 1: raise ValueError(f"eta must be in 0 ... 1, not {eta}")
-    cond, draw = conditions_for(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
-    x = first_noise(noise, shape, draw).to(device)
+    cond, draw = prepare_conditions(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
+    x = initial_noise(noise, shape, draw).to(device)
     for t, prev_t in scheduler.timesteps(num_inference_steps):
-        x0 = imagine(model, scheduler, x, t, clip_sample, cond)
+        x0 = predict_x0(model, scheduler, x, t, clip_sample, cond)
         a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
         epsilon = (x - a.sqrt().to(x)*x0)/(1 - a).sqrt().to(x)              # the noise that belongs to this x0, clipped or not
         variance = eta**2*(1 - a_prev)/(1 - a)*(1 - a/a_prev)
@@ -53,11 +53,11 @@ def ddim_invert(
     **cond                              # handed to the model, each with one row for each image
 ) -> Tensor:                            # noise, as x0: `ddim_steps(..., noise=it)` leads back to about the same images
     "DDIM run from the image to its noise ([2010.02502](https://arxiv.org/abs/2010.02502), 4.3)."
-    cond, x = conditions_for(cond, x0.shape, x0.device), x0
+    cond, x = prepare_conditions(cond, x0.shape, x0.device), x0
     for t, prev_t in reversed(scheduler.timesteps(num_inference_steps)):
         prev_t = max(prev_t, 0)             # a clean image counts as one of time 0 ...
         if prev_t == t: continue            # ... and is there already
-        seen = imagine(model, scheduler, x, prev_t, False, cond)
+        seen = predict_x0(model, scheduler, x, prev_t, False, cond)
         a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
         epsilon = (x - a_prev.sqrt().to(x)*seen)/(1 - a_prev).sqrt().to(x)
         x = a.sqrt().to(x)*seen + (1 - a).sqrt().to(x)*epsilon
@@ -81,11 +81,11 @@ def dpm_solver_steps(
     """DPM-Solver++(2M): second order with one call of the model a step ([2211.01095](https://arxiv.org/abs/2211.01095), algorithm 2).
 
     Raises `ValueError` for an unknown spacing, and for "log_snr" with zero terminal SNR."""
-    cond, draw = conditions_for(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
-    x, before = first_noise(noise, shape, draw).to(device), None
+    cond, draw = prepare_conditions(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
+    x, before = initial_noise(noise, shape, draw).to(device), None
     skip_zero = spacing == "time"                                            # there, the second-order stride to time 0 would be too long
     for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero=skip_zero, spacing=spacing):
-        x0 = imagine(model, scheduler, x, t, clip_sample, cond)
+        x0 = predict_x0(model, scheduler, x, t, clip_sample, cond)
         a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
         lam, lam_prev = (a/(1 - a)).log()/2, (a_prev/(1 - a_prev)).log()/2   # half the log of the signal-to-noise ratio
         h = lam_prev - lam

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import ddpm_tutorial
-from ddpm_tutorial.run.checkpoint import load_checkpoint, tensors_in
+from ddpm_tutorial.run.checkpoint import load_checkpoint, iter_tensors
 from ddpm_tutorial.run.tracking import read_metrics
 
 TIMES = {"seconds", "images_per_second", "memory_mib"} # what differs between two equal runs
@@ -39,7 +39,7 @@ def lines(folder):
 
 def same_tensors(one, other):
     "All tensors in both, to the last bit."
-    return all(torch.equal(a, b) for a, b in zip(tensors_in(one), tensors_in(other), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(iter_tensors(one), iter_tensors(other), strict=True))
 
 def newest(folder): return load_checkpoint(folder/"checkpoints"/"latest.pth")
 

@@ -23,7 +23,7 @@ COMMANDS = {"ddpm_train": (train, "train", train.TrainOptions), "ddpm_sample": (
             "ddpm_evaluate": (evaluate, "evaluate", evaluate.EvaluateOptions),
             "ddpm_check": (check, "check", check.CheckOptions)}
 WORK = {train: ("load_data", "load_checkpoint", "load_latest", "check_folder", "make_folder", "lock_folder", "write_atomic", "save_run", "start_wandb"),
-        sample: ("load_model", "make_folder", "write_atomic"), evaluate: ("load_fashion_mnist", "look_at", "make_folder", "write_atomic"), check: ("load_data", "load_fashion_mnist", "save_checkpoint", "load_model")}
+        sample: ("load_model", "make_folder", "write_atomic"), evaluate: ("load_fashion_mnist", "extract_features", "make_folder", "write_atomic"), check: ("load_data", "load_fashion_mnist", "save_checkpoint", "load_model")}
 quiet = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 def leaves(cls, hidden=("image_shape", "classes")):
@@ -112,11 +112,11 @@ def names_it(field, said):
     text = " ".join(said.replace("│", " ").replace("--", " ").split()).replace("-", "_")
     return re.search(rf"(?<![a-z_]){field}(?![a-z_])", text) is not None
 
-def kind_of(kind):
+def describe_kind(kind):
     "(type, whether None may be typed) of a field: int, float, bool, str, Path, tuple, or a tuple of choices."
     args = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal: return args, False
-    if typing.get_origin(kind) in (typing.Union, types.UnionType): return kind_of(next(a for a in args if a is not type(None)))[0], True
+    if typing.get_origin(kind) in (typing.Union, types.UnionType): return describe_kind(next(a for a in args if a is not type(None)))[0], True
     return (tuple, False) if typing.get_origin(kind) is tuple else (kind, False)
 
 # --- random command lines ---
@@ -133,7 +133,7 @@ def good_values(command, name):
     "What belongs there: the choices, or what the presets have."
     only = {"samples": "a.npz", "output": "a.json", "num_samples": "20"}.get(name) if command == "ddpm_evaluate" else None
     if only: return st.just([only])
-    kind, optional = kind_of(OPTIONS[command][name])
+    kind, optional = describe_kind(OPTIONS[command][name])
     found = [values_of(preset)[name] for preset in PRESETS.values() if name in values_of(preset)]
     texts = {str(v) for v in found if not isinstance(v, tuple)} | ({"None"} if optional else set())
     if isinstance(kind, tuple): texts |= set(kind)
@@ -155,7 +155,7 @@ def piece(draw, command):
     name = draw(st.sampled_from(sorted(OPTIONS[command])))
     if draw(st.integers(0, 9)) == 0: name = draw(st.sampled_from(sorted(set().union(*OPTIONS.values())))) # perhaps another command's
     is_flag = OPTIONS[command].get(name) is bool
-    rubbish = RUBBISH | NUMBERS if kind_of(OPTIONS[command].get(name, str))[0] in (int, float) else RUBBISH
+    rubbish = RUBBISH | NUMBERS if describe_kind(OPTIONS[command].get(name, str))[0] in (int, float) else RUBBISH
     good = [] if name not in OPTIONS[command] or is_flag else draw(good_values(command, name))
     if draw(st.booleans()): name = name.replace("_", "-")
     way = draw(st.sampled_from(["good"]*8 + ["bad", "bad equals"]*3 + ["equals", "none", "many", "no", "typo", "prefixed", "rubbish", "nested", "help"]))
@@ -186,7 +186,7 @@ def is_valid(command, options):
     values, kinds = values_of(options), OPTIONS[command]
     depends = {"num_steps", "num_inference_steps", "image_size", "patch_size", "base_channels", "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "output"}
     for name, kind in kinds.items():
-        kind, optional = kind_of(kind)
+        kind, optional = describe_kind(kind)
         value = values[name]
         assert optional and value is None or (value in kind if isinstance(kind, tuple) else isinstance(value, kind)), f"{name} is {value!r}"
         if name not in depends and kind is not bool: assert ALLOWED[command][name](value), f"{name} is {value!r}"
@@ -232,7 +232,7 @@ def test_every_option_has_a_rule():
 
 def field_values(command, name):
     "Values of the field's own type, in and out of range: around the small numbers, and far away."
-    kind, optional = kind_of(OPTIONS[command][name])
+    kind, optional = describe_kind(OPTIONS[command][name])
     defaults = [default for field, _, default in leaves(COMMANDS[command][2]) if field == name and default is not MISSING and default is not None]
     choices = {"schedule": ("linear", "cosine"), "prediction_type": ("epsilon", "sample", "v_prediction"), "variance_type": ("fixed_small", "fixed_large"), "attention": ("self", "linear")}
     words = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="-"), min_size=1, max_size=8)
@@ -271,7 +271,7 @@ def test_a_field_takes_what_is_allowed_and_nothing_else(command, name, called):
             assert names_it(name, said), said
     try_it()
 
-@pytest.mark.parametrize("command, name", [(command, name) for command, name in FIELDS if kind_of(OPTIONS[command][name])[0] in (int, float)])
+@pytest.mark.parametrize("command, name", [(command, name) for command, name in FIELDS if describe_kind(OPTIONS[command][name])[0] in (int, float)])
 @pytest.mark.parametrize("text", ["", "fast", "1,5", "0x10", "1.5.2", "--", "9"*5000, "-" + "9"*40])
 def test_what_is_no_number_is_refused(command, name, text, called):
     "Wrong types, and numbers beyond all numbers; the field is named."
@@ -279,7 +279,7 @@ def test_what_is_no_number_is_refused(command, name, text, called):
     code, said, options = typed(command, [*["--checkpoint", "a.pth"]*(command == "ddpm_sample"), f"--{name}", text], called)
     assert code == 2 and options is None and names_it(name, said), said
 
-@pytest.mark.parametrize("name", [name for command, name in FIELDS if command == "ddpm_train" and kind_of(OPTIONS[command][name])[0] is int])
+@pytest.mark.parametrize("name", [name for command, name in FIELDS if command == "ddpm_train" and describe_kind(OPTIONS[command][name])[0] is int])
 @pytest.mark.parametrize("value", [10**15, 2**50, 2**63, 32*10**30])
 def test_numbers_beyond_all_memory(name, value, called):
     "Taken or refused, but nothing is built of that size, and who is refused learns why."

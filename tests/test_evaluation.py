@@ -14,8 +14,8 @@ from scipy import linalg, stats
 
 from ddpm_tutorial import metrics
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
-from ddpm_tutorial.metrics import (CLASSIFIER, Seen, alike, class_agreement, density_and_coverage, figures,
-                                   frechet_distance, kernel_distance, load_classifier, look_at,
+from ddpm_tutorial.metrics import (CLASSIFIER, ClassifierOutput, matched_subset, class_agreement, density_and_coverage, compute_metrics,
+                                   frechet_distance, kernel_distance, load_classifier, extract_features,
                                    nearest_distance, paired_difference, train_classifier)
 from ddpm_tutorial.run import evaluate
 from ddpm_tutorial.run.checkpoint import (PRETRAINED, CheckpointError, load_model, load_pretrained,
@@ -88,7 +88,7 @@ def test_nearest_distance_by_hand():
 
 def test_class_agreement():
     "Share and standard error; the latter as scipy has it."
-    seen = Seen(points(200, 128), torch.arange(200) % 10)
+    seen = ClassifierOutput(points(200, 128), torch.arange(200) % 10)
     labels = (torch.arange(200) % 10).where(torch.arange(200) >= 30, torch.tensor(11))
     share, error = class_agreement(seen, labels)
     assert share == 0.85 and error == pytest.approx(stats.binom(200, 0.85).std()/200)
@@ -96,14 +96,14 @@ def test_class_agreement():
 def test_figures_notice_what_they_are_for():
     "Wrong labels, copies, a part that is missing: each in the figure that is there for it."
     reference, fresh, classifier = load_sample("train"), load_sample("test"), load_classifier()
-    seen = look_at(reference.images, classifier)
-    measure = lambda images: figures(images, reference, seen, classifier)
+    seen = extract_features(reference.images, classifier)
+    measure = lambda images: compute_metrics(images, reference, seen, classifier)
     real = measure(fresh)
     assert real["class_agreement"] > 0.88 and real["coverage"] > 0.9
     assert measure(replace(fresh, labels=fresh.labels.roll(20)))["class_agreement"] < 0.1
-    assert measure(alike(reference, fresh.labels))["nearest_training_image"] == 0 < real["nearest_training_image"]
+    assert measure(matched_subset(reference, fresh.labels))["nearest_training_image"] == 0 < real["nearest_training_image"]
     shoes = fresh[(fresh.labels == 7) | (fresh.labels == 9)]
-    assert measure(shoes)["coverage"] < 0.6*measure(alike(fresh, torch.arange(40) % 10))["coverage"]
+    assert measure(shoes)["coverage"] < 0.6*measure(matched_subset(fresh, torch.arange(40) % 10))["coverage"]
     unlabelled = ImageData(fresh.images, torch.zeros_like(fresh.labels), ())
     assert "class_agreement" not in measure(unlabelled) and measure(unlabelled)["frechet_distance"] == real["frechet_distance"]
 
@@ -111,10 +111,10 @@ def test_alike():
     "As many of each class, none twice, in another choice for another seed."
     data, labels = load_sample("train"), torch.tensor([3]*5 + [9]*2)
     numbered = ImageData(data.images, data.labels, CLASSES)
-    chosen = alike(numbered, labels)
+    chosen = matched_subset(numbered, labels)
     assert chosen.labels.tolist() == [3]*5 + [9]*2 and len(chosen.images.flatten(1).unique(dim=0)) == 7
-    assert not torch.equal(chosen.images, alike(numbered, labels, seed=1).images)
-    with pytest.raises(ValueError, match="101 samples of class 'Bag'.*there are 100"): alike(data, torch.full((101,), 8))
+    assert not torch.equal(chosen.images, matched_subset(numbered, labels, seed=1).images)
+    with pytest.raises(ValueError, match="101 samples of class 'Bag'.*there are 100"): matched_subset(data, torch.full((101,), 8))
 
 # --- the classifier ---
 
@@ -122,7 +122,7 @@ def test_classifier_is_as_good_as_promised():
     "At least 93 % of the 10,000 test images."
     if not os.environ.get("DDPM_DATA_ROOT"): pytest.skip("the real Fashion-MNIST is not at hand: set DDPM_DATA_ROOT to the folder that holds FashionMNIST/raw")
     test = load_fashion_mnist(None, "published_test")
-    assert (look_at(test.images, load_classifier()).classes == test.labels).float().mean() >= 0.93
+    assert (extract_features(test.images, load_classifier()).classes == test.labels).float().mean() >= 0.93
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch):
     "One changed byte, and no figure is given."
@@ -138,7 +138,7 @@ def test_train_classifier_learns_and_repeats():
     one, other = train_classifier(data, epochs=3), train_classifier(data, epochs=3)
     assert torch.equal(torch.get_rng_state(), before) and not one.training
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-    assert (look_at(test.images, one).classes == test.labels).float().mean() > 0.4
+    assert (extract_features(test.images, one).classes == test.labels).float().mean() > 0.4
 
 # --- trained weights ---
 
@@ -280,10 +280,10 @@ def test_look_at_follows_the_classifier():
             return torch.zeros(len(x), 128)
         def head(self, features): return torch.zeros(len(features), 10)
     classifier = Far()
-    seen = look_at(load_sample("test").images, classifier, batch_size=100)
+    seen = extract_features(load_sample("test").images, classifier, batch_size=100)
     assert classifier.places == ["meta"]*2 and seen.features.device.type == seen.classes.device.type == "cpu"
     if torch.cuda.is_available():
-        here, there = (look_at(load_sample("test").images, load_classifier().to(device)) for device in ("cpu", "cuda"))
+        here, there = (extract_features(load_sample("test").images, load_classifier().to(device)) for device in ("cpu", "cuda"))
         assert there.features.device.type == "cpu" and torch.allclose(here.features, there.features, atol=1e-2)
 
 # --- tools/results.py ---

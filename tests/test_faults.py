@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_tutorial.run.checkpoint import load_checkpoint, load_latest, tensors_in
+from ddpm_tutorial.run.checkpoint import load_checkpoint, load_latest, iter_tensors
 from ddpm_tutorial.run.tracking import read_metrics
 from processes import Launcher, assert_same, lines, newest, own_images, same_tensors, tiny, until
 
@@ -317,7 +317,7 @@ def test_no_number(launcher, data, whole, tmp_path, what, value):
     code, err = launcher.run(args, AFTER.format(value=value) + SPOIL[what])
     assert code == 1 and one_error(err, f"the {what} is", "at step 4 (lr ", "loss ", "lower the lr")
     for path in (tmp_path/"run"/"checkpoints").glob("*.pth"):
-        assert all(tensor.isfinite().all() for tensor in tensors_in(load_checkpoint(path)))
+        assert all(tensor.isfinite().all() for tensor in iter_tensors(load_checkpoint(path)))
     assert not {"NaN", "Infinity"} & set((tmp_path/"run"/"metrics.jsonl").read_text().replace(",", " ").replace("}", " ").split())
     assert newest(tmp_path/"run")["step"] == 2 and (tmp_path/"run"/"report.html").exists()
     assert launcher.run([*args, "--resume"]) == (0, "")

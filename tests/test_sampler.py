@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from ddpm_tutorial.sampler import Step, conditions_for, ddpm_steps, first_noise, guided, imagine, predict, sample, save_gif, snapshots
+from ddpm_tutorial.sampler import Step, prepare_conditions, ddpm_steps, initial_noise, guided, predict_x0, predict, sample, save_gif, snapshots
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
@@ -99,10 +99,10 @@ def test_first_noise():
     def draw():
         draws.append(given + 1)
         return draws[-1]
-    assert first_noise(given, SHAPE, draw) is given and draws == []
-    assert first_noise(None, SHAPE, draw) is draws[0] and len(draws) == 1
+    assert initial_noise(given, SHAPE, draw) is given and draws == []
+    assert initial_noise(None, SHAPE, draw) is draws[0] and len(draws) == 1
     for shape in ((1, 1, 8, 8), (4, 1, 8), (4, 8, 8, 1)):
-        with pytest.raises(ValueError, match=r"but the samples are to be \(4, 1, 8, 8\)"): first_noise(torch.zeros(shape), SHAPE, draw)
+        with pytest.raises(ValueError, match=r"but the samples are to be \(4, 1, 8, 8\)"): initial_noise(torch.zeros(shape), SHAPE, draw)
 
 
 def test_start_from_given_noise():
@@ -125,7 +125,7 @@ def test_imagine(prediction_type):
         return torch.sin(x).bfloat16()
     expected, _ = scheduler.to_x0_and_noise(torch.sin(x).bfloat16().float(), x, t)
     for clip in (False, True):
-        x0 = imagine(model, scheduler, x, 7, clip, {"labels": LABELS})
+        x0 = predict_x0(model, scheduler, x, 7, clip, {"labels": LABELS})
         assert x0.dtype == torch.float32 and torch.equal(x0, expected.clamp(-1, 1) if clip else expected)
     if prediction_type != "sample": assert expected.abs().max() > 1                             # or clipping had nothing to do
 
@@ -229,7 +229,7 @@ def test_output_of_another_kind_is_refused(output):
     "Broadcast or rounded by nobody: neither by a sampler nor by guidance at any scale; the message names the shape that is wanted."
     scheduler, x, t = NoiseScheduler.cosine(5), torch.randn(SHAPE, generator=seeded()), torch.zeros(4, dtype=torch.long)
     def model(x, t, labels=None): return output(x)
-    calls = [lambda: predict(model, x, t, {}), lambda: imagine(model, scheduler, x, 3, True, {}), lambda: sample(model, scheduler, SHAPE, generator=seeded()),
+    calls = [lambda: predict(model, x, t, {}), lambda: predict_x0(model, scheduler, x, 3, True, {}), lambda: sample(model, scheduler, SHAPE, generator=seeded()),
              *(lambda scale=scale: guided(model, scale, {"labels": 10})(x, t, labels=LABELS) for scale in (0., 1., 2.))]
     for call in calls:
         with pytest.raises(ValueError, match=r"the model's output is .*must be floating point \([48], 1, 8, 8\)"): call()
@@ -244,10 +244,10 @@ def test_half_precision_output_is_taken():
 @pytest.mark.parametrize("shape", [4, (), (4., 1, 8, 8), ("4", 1), (0, 1, 8, 8), (4, -1, 8, 8), None], ids=str)
 def test_shape_must_be_whole_numbers(shape):
     "From 1 on, as a tuple, a list or a `torch.Size`; of the samples, of conditions and of given noise."
-    for call in (lambda: sample(small_unet(0), NoiseScheduler.cosine(5), shape, generator=seeded()), lambda: conditions_for({}, shape, "cpu"),
-                 lambda: first_noise(torch.zeros(SHAPE), shape, None)):
+    for call in (lambda: sample(small_unet(0), NoiseScheduler.cosine(5), shape, generator=seeded()), lambda: prepare_conditions({}, shape, "cpu"),
+                 lambda: initial_noise(torch.zeros(SHAPE), shape, None)):
         with pytest.raises(ValueError, match="shape must be whole numbers"): call()
-    for right in (SHAPE, list(SHAPE), torch.Size(SHAPE), tuple(np.array(SHAPE))): assert conditions_for({}, right, "cpu") == {}
+    for right in (SHAPE, list(SHAPE), torch.Size(SHAPE), tuple(np.array(SHAPE))): assert prepare_conditions({}, right, "cpu") == {}
 
 
 def test_noise_must_be_floating_point():

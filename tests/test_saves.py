@@ -17,7 +17,7 @@ from ddpm_tutorial.run.checkpoint import (CheckpointError, DamagedCheckpoint, lo
                                           load_model, restore, save_checkpoint, save_run)
 from ddpm_tutorial.run.config import PRESETS
 from ddpm_tutorial.run.device import new_model
-from ddpm_tutorial.run.files import sweep, write_atomic
+from ddpm_tutorial.run.files import remove_partial_files, write_atomic
 from ddpm_tutorial.run.tracking import Tracker, read_metrics
 from ddpm_tutorial.training import new_state
 from ddpm_tutorial.unet import UNetConfig
@@ -268,5 +268,5 @@ def test_leftovers_are_swept(tmp_path):
     for folder in ("checkpoints", "samples"): (tmp_path/folder).mkdir()
     for name in ("checkpoints/latest.pth.partial", "samples/epoch_001.png.partial", "config.json.partial", "film.partial", "samples/grid.png.partial", "checkpoints/latest.pth"):
         (tmp_path/name).write_bytes(b"x")
-    sweep(tmp_path)
+    remove_partial_files(tmp_path)
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"film.partial", "grid.png.partial", "latest.pth"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample, to_uint8
-from ddpm_tutorial.metrics import alike, figures, load_classifier, look_at, nearest_distance
+from ddpm_tutorial.metrics import matched_subset, compute_metrics, load_classifier, extract_features, nearest_distance
 from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
 from ddpm_tutorial.run.sample import draw_samples
@@ -39,7 +39,7 @@ def main():
     else: reference, fresh = load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
     (model, config), classifier, labels = load_pretrained("small"), load_classifier(), torch.arange(args.num_samples) % len(CLASSES)
     if args.quick: config = replace(config, sampling=replace(config.sampling, num_inference_steps=2))
-    seen, precision = look_at(reference.images, classifier), choose_precision("auto", torch.device("cpu"))
+    seen, precision = extract_features(reference.images, classifier), choose_precision("auto", torch.device("cpu"))
     result = json.loads(output.read_text()) if output.exists() else dict(num_samples=args.num_samples, num_reference=len(reference), rows=[], nearest={})
 
     def write(): output.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -49,17 +49,17 @@ def main():
 
     for seed, what in product(range(args.seeds), ["real images", *SETTINGS]):
         if any((row["what"], row["seed"]) == (what, seed) for row in result["rows"]): continue
-        if what == "real images": images = alike(fresh, labels, seed)
+        if what == "real images": images = matched_subset(fresh, labels, seed)
         else:
             settings = replace(config, sampling=replace(config.sampling, **SETTINGS[what]))
             drawn = draw_samples(model, settings, labels, generator=random_generator(seed, Stream.SAMPLES), precision=precision)
             images = ImageData(to_uint8(drawn), labels, CLASSES)
         if seed == 0 and what in ("real images", "guidance 1.3"): near(what, images.images)
-        row = dict(what=what, seed=seed, **figures(images, reference, seen, classifier))
+        row = dict(what=what, seed=seed, **compute_metrics(images, reference, seen, classifier))
         result["rows"].append(row)
         write()
         print(f"{what:14} seed {seed}: Fréchet distance {row['frechet_distance']:.4f}, class agreement {row['class_agreement']:.3f}, coverage {row['coverage']:.3f}", flush=True)
-    copies = alike(reference, labels).images     # training images: what does the nearest distance say of copies that were moved or mirrored?
+    copies = matched_subset(reference, labels).images     # training images: what does the nearest distance say of copies that were moved or mirrored?
     for name, moved in {"copies": copies, "copies, one pixel to the right": copies.roll(1, -1), "copies, mirrored": copies.flip(-1)}.items(): near(name, moved)
     write()
 

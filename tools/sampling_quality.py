@@ -18,7 +18,7 @@ import torch
 
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample, to_uint8
 from ddpm_tutorial.fast_sampling import METHODS, dpm_solver_steps
-from ddpm_tutorial.metrics import alike, figures, load_classifier, look_at
+from ddpm_tutorial.metrics import matched_subset, compute_metrics, load_classifier, extract_features
 from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
 from ddpm_tutorial.run.sample import draw_samples
@@ -60,7 +60,7 @@ def main():
     if args.quick: args.num_samples, reference, fresh = 40, load_sample("train"), load_sample("test")
     else: reference, fresh = load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
     (model, config), classifier, labels = load_pretrained("small"), load_classifier(), torch.arange(args.num_samples) % len(CLASSES)
-    seen, precision = look_at(reference.images, classifier), choose_precision("auto", torch.device("cpu"))
+    seen, precision = extract_features(reference.images, classifier), choose_precision("auto", torch.device("cpu"))
     settings = dict(model="small", guidance_scale=config.sampling.guidance_scale, clip_sample=config.sampling.clip_sample, num_samples=args.num_samples, num_reference=len(reference), precision=precision)
     result = json.loads(output.read_text()) if output.exists() else {**settings, "rows": []}
     if {name: result[name] for name in settings} != settings: raise SystemExit(f"{output} was measured with other settings; move it away")
@@ -69,12 +69,12 @@ def main():
     for (method, steps), seed in product([("real", 0), *dict.fromkeys(todo)], range(args.seeds)):
         if any((row["method"], row["steps"], row["seed"]) == (method, steps, seed) for row in result["rows"]): continue
         start = time.perf_counter()
-        if method == "real": images = alike(fresh, labels, seed)
+        if method == "real": images = matched_subset(fresh, labels, seed)
         else:
             sampling = replace(config.sampling, method=method, num_inference_steps=steps)
             drawn = draw_samples(model, replace(config, sampling=sampling), labels, generator=random_generator(seed, Stream.SAMPLES), precision=precision)
             images = ImageData(to_uint8(drawn), labels, CLASSES)
-        row = dict(method=method, steps=steps, seed=seed, seconds=time.perf_counter() - start, **figures(images, reference, seen, classifier))
+        row = dict(method=method, steps=steps, seed=seed, seconds=time.perf_counter() - start, **compute_metrics(images, reference, seen, classifier))
         result["rows"].append(row)
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"{method:18}{steps:5} steps, seed {seed}: Fréchet distance {row['frechet_distance']:.4f}, class agreement {row['class_agreement']:.3f}, coverage {row['coverage']:.3f}, {row['seconds']:.0f} s", flush=True)

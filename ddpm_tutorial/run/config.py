@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'TINY', 'SMALL', 'BASELINE', 'LARGE', 'PRESETS', 'ConfigError', 'SamplingConfig', 'Config',
-           'config_from_dict', 'differences', 'move_attention', 'options_for', 'fit_to_data']
+           'config_from_dict', 'differences', 'move_attention', 'as_options', 'fit_to_data']
 
 # %% ../../nbs/10_config.ipynb #237dd473
 import math
@@ -132,7 +132,7 @@ def move_attention(
     size_now = dict(zip(model.resolutions, changed.resolutions))
     return replace(changed, attention_resolutions=tuple(size_now[size] for size in model.attention_resolutions if size in size_now))
 
-def options_for(model: UNetConfig, **changes) -> str:
+def as_options(model: UNetConfig, **changes) -> str:
     "What to type for `move_attention(model, **changes)`."
     changed = asdict(move_attention(model, **changes))
     return " ".join(f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -152,10 +152,10 @@ def fit_to_data(
         if getattr(model, name) not in (fact, getattr(UNetConfig(), name)):
             raise ConfigError(f"{name} is {getattr(model, name)}, but {config.data} has {fact}; leave {name} out: it is read off the images")
     if any(side % model.patch_size for side in sides):
-        raise ConfigError(f"patches of {model.patch_size} pixels do not divide images of {size} pixels; add {options_for(model, patch_size=1)}, "
+        raise ConfigError(f"patches of {model.patch_size} pixels do not divide images of {size} pixels; add {as_options(model, patch_size=1)}, "
                           f"or --resize with a multiple of {model.patch_size}")
     levels = (max(sides)//model.patch_size - 1).bit_length() # so that the last one keeps 2 pixels
     if len(model.channel_multipliers) > levels:
-        fewer = options_for(model, channel_multipliers=model.channel_multipliers[:levels])
+        fewer = as_options(model, channel_multipliers=model.channel_multipliers[:levels])
         raise ConfigError(f"{len(model.channel_multipliers)} levels are too many for images of {size} pixels; add {fewer}")
     return replace(config, model=move_attention(model, **facts), image_shape=image_shape, classes=classes)

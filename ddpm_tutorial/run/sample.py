@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DrawOptions', 'SampleOptions', 'choose_labels', 'draw_samples', 'draw_progress', 'write_samples', 'write_progress',
-           'check_config', 'model_to_draw', 'in_words', 'run_folder', 'output_file', 'sample_to_file', 'ddpm_sample']
+           'check_config', 'model_to_draw', 'describe_sampling', 'run_folder', 'output_file', 'sample_to_file',
+           'ddpm_sample']
 
 # %% ../../nbs/14_sample.ipynb #33d115c9
 import json, math
@@ -23,7 +24,7 @@ from .checkpoint import PRETRAINED, load_model
 from .cli import parse_options, run_command, steady_output
 from .config import (MAY_DIFFER, Config, ConfigError, SamplingConfig, config_from_dict,
                                       differences)
-from .device import choose_device, choose_precision, memory_advice, sampling_steps
+from .device import choose_device, choose_precision, explain_out_of_memory, sampling_steps
 from .files import make_folder, write_atomic
 from .signals import StopOnSignal
 from ..sampler import save_gif, snapshots
@@ -178,7 +179,7 @@ def model_to_draw(
     try: return model, replace(config, sampling=replace(trained, **changes))
     except ValueError as error: raise ConfigError(str(error)) from error
 
-def in_words(
+def describe_sampling(
     options: DrawOptions,
     config: Config # of `model_to_draw`
 ) -> str:
@@ -218,12 +219,12 @@ def sample_to_file(
 
         how = dict(generator=random_generator(options.seed, Stream.SAMPLES), batch_size=options.batch_size,
                    precision=choose_precision(options.precision, device))
-        with memory_advice(device, min(options.batch_size, len(labels))):
+        with explain_out_of_memory(device, min(options.batch_size, len(labels))):
             if options.mode == "progressive": write_progress(output, draw_progress(model, config, labels, 40 if output.suffix.lower() == ".gif" else 10, **how))
             else:
                 columns = len(labels)//len(config.classes) if options.mode == "class_grid" else math.ceil(len(labels)**0.5)
                 write_samples(output, draw_samples(model, config, labels, **how), labels, columns)
-    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({in_words(options, config)}): {output}")
+    print(f"{len(labels)} sample{'s'*(len(labels) != 1)} ({describe_sampling(options, config)}): {output}")
     if options.mode == "class_grid": print("rows: " + ", ".join(config.classes))
     return output
 
