@@ -11,36 +11,28 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .sampler import Step, prepare_conditions, ddpm_steps, initial_noise, predict_x0
+from .sampler import Step, ddpm_steps, denoise_steps, predict_x0, prepare_conditions
 from .scheduler import NoiseScheduler
 
 # %% ../nbs/08_fast_sampling.ipynb #ed47cb66
-@torch.no_grad()
 def ddim_steps(
-    model: Callable,                    # model(x, t, **cond) -> prediction
+    model: Callable,          # model(x, t, **cond) -> prediction
     scheduler: NoiseScheduler,
-    shape: tuple[int, ...],             # of the samples (B, ...)
+    shape: tuple[int, ...],   # of the samples (B, ...)
     *,
-    generator: torch.Generator,         # a CPU generator: the same seed gives the same samples
-    num_inference_steps: int|None=None, # 1 ... T; default T
-    clip_sample: bool=True,             # keep the imagined x0 in [-1, 1]
-    noise: Tensor|None=None,            # to start from, as shape; by default it is drawn
-    eta: float=0.0,                     # share of the posterior's noise that is added, 0 ... 1: 0 adds none, 1 is ancestral sampling
-    device: str|torch.device="cpu",
-    **cond                              # handed to the model, each with one row for each sample
+    eta: float=0.0,           # 0 keeps the old noise, 1 adds as much fresh noise as ancestral sampling
+    **kwargs                  # generator and the others of `denoise_steps`
 ) -> Iterator[Step]:
-    "Denoising diffusion implicit models ([2010.02502](https://arxiv.org/abs/2010.02502), eq. 12 and 16). Raises `ValueError` for an eta outside of 0 ... 1."
+    """Denoising diffusion implicit models ([2010.02502](https://arxiv.org/abs/2010.02502), eq. 12 and 16).
+    Raises `ValueError` for an eta outside of 0 ... 1."""
     if not 0 <= eta <= 1: raise ValueError(f"eta must be in 0 ... 1, not {eta}")
-    cond, draw = prepare_conditions(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
-    x = initial_noise(noise, shape, draw).to(device)
-    for t, prev_t in scheduler.timesteps(num_inference_steps):
-        x0 = predict_x0(model, scheduler, x, t, clip_sample, cond)
-        a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
-        epsilon = (x - a.sqrt().to(x)*x0)/(1 - a).sqrt().to(x)              # the noise that belongs to this x0, clipped or not
-        variance = eta**2*(1 - a_prev)/(1 - a)*(1 - a/a_prev)
-        x = a_prev.sqrt().to(x)*x0 + (1 - a_prev - variance).sqrt().to(x)*epsilon
-        if eta > 0 and prev_t >= 0: x = x + variance.sqrt().to(x)*draw()
-        yield Step(t, x, x0)
+    def update(x, x0, t, prev_t, draw):
+        noise = scheduler.implied_noise(x0, x, t)      # that belongs to this x0, clipped or not
+        if eta > 0:
+            fresh = eta**2*scheduler.transition(t, prev_t, x)[1]/scheduler.factors(t, x)[1]**2
+            noise = (1 - fresh).sqrt().to(x)*noise + fresh.sqrt().to(x)*draw()
+        return scheduler.add_noise(x0, noise, prev_t)
+    return denoise_steps(update, model, scheduler, shape, **kwargs)
 
 # %% ../nbs/08_fast_sampling.ipynb #48135cc7
 @torch.no_grad()
@@ -51,51 +43,43 @@ def ddim_invert(
     *,
     num_inference_steps: int|None=None, # 1 ... T; default T
     **cond                              # handed to the model, each with one row for each image
-) -> Tensor:                            # noise, as x0: `ddim_steps(..., noise=it)` leads back to about the same images
+) -> Tensor:                            # noise, as x0: from it, `ddim_steps` leads back to about the same images
     "DDIM run from the image to its noise ([2010.02502](https://arxiv.org/abs/2010.02502), 4.3)."
     cond, x = prepare_conditions(cond, x0.shape, x0.device), x0
     for t, prev_t in reversed(scheduler.timesteps(num_inference_steps)):
         prev_t = max(prev_t, 0)             # a clean image counts as one of time 0 ...
         if prev_t == t: continue            # ... and is there already
         seen = predict_x0(model, scheduler, x, prev_t, False, cond)
-        a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
-        epsilon = (x - a_prev.sqrt().to(x)*seen)/(1 - a_prev).sqrt().to(x)
-        x = a.sqrt().to(x)*seen + (1 - a).sqrt().to(x)*epsilon
+        now, later = torch.full(x.shape[:1], prev_t), torch.full(x.shape[:1], t)
+        x = scheduler.add_noise(seen, scheduler.implied_noise(seen, x, now), later)
     return x
 
 # %% ../nbs/08_fast_sampling.ipynb #74b9d48b
-@torch.no_grad()
 def dpm_solver_steps(
-    model: Callable,                    # model(x, t, **cond) -> prediction
+    model: Callable,          # model(x, t, **cond) -> prediction
     scheduler: NoiseScheduler,
-    shape: tuple[int, ...],             # of the samples (B, ...)
+    shape: tuple[int, ...],   # of the samples (B, ...)
     *,
-    generator: torch.Generator,         # a CPU generator: the same seed gives the same samples
-    num_inference_steps: int|None=None, # 1 ... T; default T
-    clip_sample: bool=True,             # keep the imagined x0 in [-1, 1]
-    noise: Tensor|None=None,            # to start from, as shape; by default it is drawn
-    spacing: str="time",                # of the times: even in "time", or in "log_snr"
-    device: str|torch.device="cpu",
-    **cond                              # handed to the model, each with one row for each sample
+    spacing: str="time",      # of the times: even in "time", or in "log_snr"
+    **kwargs                  # generator and the others of `denoise_steps`
 ) -> Iterator[Step]:
-    """DPM-Solver++(2M): second order with one call of the model a step ([2211.01095](https://arxiv.org/abs/2211.01095), algorithm 2).
+    """DPM-Solver++(2M): second order with one call of the model in each step
+    ([2211.01095](https://arxiv.org/abs/2211.01095), algorithm 2).
 
     Raises `ValueError` for an unknown spacing, and for "log_snr" with zero terminal SNR."""
-    cond, draw = prepare_conditions(cond, shape, device), lambda: torch.randn(shape, generator=generator).to(device)
-    x, before = initial_noise(noise, shape, draw).to(device), None
-    skip_zero = spacing == "time"                                            # there, the second-order stride to time 0 would be too long
-    for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero=skip_zero, spacing=spacing):
-        x0 = predict_x0(model, scheduler, x, t, clip_sample, cond)
-        a, a_prev = scheduler.alpha_bar(torch.tensor([t, prev_t]), x).chunk(2)
-        lam, lam_prev = (a/(1 - a)).log()/2, (a_prev/(1 - a_prev)).log()/2   # half the log of the signal-to-noise ratio
-        h = lam_prev - lam
-        aim = x0
-        if before is not None and prev_t >= 0:                               # the last step goes to infinity: no straight line leads there
+    before = None                                      # x0 and stride of the last step
+    def update(x, x0, t, prev_t, draw):
+        nonlocal before
+        (signal, sigma), (signal_prev, sigma_prev) = scheduler.factors(t, x), scheduler.factors(prev_t, x)
+        h = (signal_prev/sigma_prev).log() - (signal/sigma).log()
+        direction = x0
+        if before is not None and (prev_t >= 0).all(): # the last stride is infinite: no straight line leads there
             x0_before, h_before = before
-            aim = x0 + (h/h_before/2).to(x)*(x0 - x0_before)
-        x = ((1 - a_prev)/(1 - a)).sqrt().to(x)*x - (a_prev.sqrt()*torch.expm1(-h)).to(x)*aim
+            direction = x0 + (h/h_before/2).to(x)*(x0 - x0_before)
         before = x0, h
-        yield Step(t, x, x0)
+        return (sigma_prev/sigma).to(x)*x - (signal_prev*torch.expm1(-h)).to(x)*direction
+    grid = {"skip_zero": spacing == "time", "spacing": spacing} # in time, the stride to time 0 would be too long
+    return denoise_steps(update, model, scheduler, shape, grid=grid, **kwargs)
 
 # %% ../nbs/08_fast_sampling.ipynb #edd975e4
 METHODS = {"ddpm": ddpm_steps, "ddim": ddim_steps, "dpm++": dpm_solver_steps}  # the same arguments, the same kind of steps

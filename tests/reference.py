@@ -14,6 +14,17 @@ def alpha_bar(betas, t):
     return math.prod(1 - beta for beta in betas[:t + 1])
 
 
+def flow(T, t):
+    "Signal and sigma on the straight path at t; clean data at t = -1."
+    return 1 - (t + 1)/T, (t + 1)/T
+
+
+def product_of_gaussians(mean_1, variance_1, mean_2, variance_2):
+    "Mean and variance of the normalised product of two normal densities."
+    precision = 1/variance_1 + 1/variance_2
+    return (mean_1/variance_1 + mean_2/variance_2)/precision, 1/precision
+
+
 def posterior(betas, t, prev_t):
     """Weights of x0 and x_t in the posterior mean, and its two variances, by Bayes' rule for two normal distributions:
     x_prev given x0 is N(sqrt(a) x0, 1 - a), and x_t given x_prev is N(sqrt(alpha) x_prev, 1 - alpha)."""
@@ -38,6 +49,16 @@ def gaussian_denoiser(betas, prediction_type, mean, std):
         x0 = offset + slope*x
         noise = (x - math.sqrt(a)*x0)/math.sqrt(1 - a)
         return {"sample": x0, "epsilon": noise, "v_prediction": math.sqrt(a)*noise - math.sqrt(1 - a)*x0}[prediction_type]
+    return model
+
+
+def flow_denoiser(T, prediction_type, mean, std):
+    "As `gaussian_denoiser`, on the straight path, in each of the four ways to say it."
+    def model(x, t):
+        signal, sigma = flow(T, int(t[0]))
+        x0 = mean + signal*std**2/(signal**2*std**2 + sigma**2)*(x - signal*mean)
+        noise = (x - signal*x0)/sigma
+        return {"sample": x0, "epsilon": noise, "v_prediction": signal*noise - sigma*x0, "flow": noise - x0}[prediction_type]
     return model
 
 

@@ -11,8 +11,9 @@ import peers
 import reference
 from ddpm_tutorial.fast_sampling import DEFAULT_STEPS, METHODS, ddim_invert, ddim_steps, dpm_solver_steps
 from ddpm_tutorial.sampler import ddpm_steps, sample
-from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler, SchedulerConfig
+from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig, cosine_betas, from_betas
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")    # those that diffusers has for these paths
 T, SHAPE = 100, (4, 1, 3, 3)
 even_log_snr = partial(dpm_solver_steps, spacing="log_snr")
 FAST = {"ddim": ddim_steps, "ddim, eta 1": partial(ddim_steps, eta=1.), "dpm++": dpm_solver_steps}
@@ -141,22 +142,23 @@ def test_log_snr_times_against_diffusers(schedule, n):
     theirs.set_timesteps(n)
     times = [t for t, _ in scheduler.timesteps(n, spacing="log_snr")]
     if schedule == "linear" and n < 40: assert times == theirs.timesteps.tolist()         # with 40 it visits time 1 twice
-    a = scheduler.alphas_cumprod
-    log_sigmas = ((1 - a)/a).log()/2
+    log_sigmas = (scheduler.sigma/scheduler.signal).log()
     nearest = [(log_sigmas - log_sigma).abs().argmin().item() for log_sigma in theirs.sigmas[:-1].double().log()]
     assert all(t == near for t, near in zip(times, nearest) if 5 < near < 980)            # beyond, ours give way to one another
 
 
 def test_spacings_that_cannot_be():
-    "A name that is unknown, and a log-SNR that is infinite at the noisy or at the clean end."
+    "A name that is unknown, and a log-SNR that is infinite at the noisy end; at the clean end it is no path at all."
     with pytest.raises(ValueError, match="spacing must be 'time' or 'log_snr', not 'logSNR'"): NoiseScheduler.cosine(T).timesteps(5, spacing="logSNR")
     with pytest.raises(ValueError, match="spacing must be"):
         next(dpm_solver_steps(lively, NoiseScheduler.cosine(T), SHAPE, generator=seeded(), spacing="log"))
-    for place, beta in ((-1, 1.), (0, 1e-20)):
-        betas = NoiseScheduler.cosine(T).betas.clone()
-        betas[place] = beta
-        with pytest.raises(ValueError, match="spacing 'log_snr' needs"): NoiseScheduler(betas, "v_prediction").timesteps(5, spacing="log_snr")
-        assert len(NoiseScheduler(betas, "v_prediction").timesteps(5)) == 5
+    betas = cosine_betas(T)
+    betas[-1] = 1.
+    terminal = NoiseScheduler(*from_betas(betas), prediction_type="v_prediction")
+    with pytest.raises(ValueError, match="spacing 'log_snr' needs"): terminal.timesteps(5, spacing="log_snr")
+    assert len(terminal.timesteps(5)) == 5
+    betas[0] = 1e-20
+    with pytest.raises(ValueError, match=r"sigma must be in \(0, 1\]"): NoiseScheduler(*from_betas(betas), prediction_type="v_prediction")
 
 
 def closed_form(betas, z, mean, std, t):
@@ -179,7 +181,7 @@ class EqualStrides(NoiseScheduler):
 def test_order_of_convergence(method, order, grid, schedule, prediction_type):
     "Against the closed form, for pixels of three spreads: with four times the steps the error is divided by 4 or by 16, about."
     betas, scheduler = reference.betas(schedule, 1000), SchedulerConfig(schedule, 1000, prediction_type).build()
-    scheduler = grid(scheduler.betas, prediction_type)
+    scheduler = grid(scheduler.signal, scheduler.sigma, prediction_type=prediction_type)
     z, errors = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], {}
     for n in (20, 80):
         squares = []
@@ -245,7 +247,7 @@ def test_every_eta_keeps_the_distribution(eta):
     x = torch.randn(64, 1, 16, 16, generator=seeded(1))
     for step, (_, prev_t) in zip(ddim_steps(lambda x, t: torch.full_like(x, 0.7), scheduler, x.shape, generator=seeded(), noise=x, eta=eta,
                                             num_inference_steps=10), scheduler.timesteps(10)):
-        a = scheduler.alphas_cumprod[prev_t].item() if prev_t >= 0 else 1.
+        a = scheduler.signal[prev_t].item()**2 if prev_t >= 0 else 1.
         assert abs(step.x.mean().item() - math.sqrt(a)*0.7) < 5*math.sqrt((1 - a)/x.numel()) + 1e-3     # alpha_bar at the start is not 0
         assert abs(step.x.var().item() - (1 - a)) < 5*(1 - a)*math.sqrt(2/x.numel()) + 1e-6
 
@@ -254,6 +256,41 @@ def test_every_eta_keeps_the_distribution(eta):
 def test_eta_out_of_range(eta):
     with pytest.raises(ValueError, match="eta must be in 0 ... 1"):
         next(ddim_steps(lively, NoiseScheduler.cosine(T), SHAPE, generator=seeded(), eta=eta))
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction", "flow"])
+@pytest.mark.parametrize("method, order", [(ddim_steps, 1), (dpm_solver_steps, 2)])
+def test_flow_follows_its_closed_form(method, order, prediction_type):
+    "On the straight path, Gaussian data: each point keeps its place in the crowd, and the error falls as the order says."
+    scheduler, z, errors = NoiseScheduler.flow(1000, prediction_type), torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], {}
+    for n in (20, 80):
+        squares = []
+        for std in (0.5, 1.0, 1.5):
+            steps, _ = run_of(method, scheduler, z, n, reference.flow_denoiser(1000, prediction_type, 0.3, std))
+            squares.append((steps[-1].x - (0.3 + std*z)).square().mean())       # pure noise z ends z standard deviations from the mean
+        errors[n] = torch.stack(squares).mean().sqrt().item()
+    assert 0.75*order < math.log(errors[20]/errors[80], 4) < 1.35*order
+    assert errors[80] < {1: 0.03, 2: 0.005}[order]
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction", "flow"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_flow_samples_have_the_moments_of_the_data(method, prediction_type):
+    "Every sampler serves the straight path: 65,536 pixels have the mean of Gaussian data, and about its width."
+    scheduler, model = NoiseScheduler.flow(200, prediction_type), reference.flow_denoiser(200, prediction_type, 0.3, 0.5)
+    x = sample(model, scheduler, (256, 1, 16, 16), generator=seeded(), method=method, num_inference_steps=100, clip_sample=False)
+    assert abs(x.mean().item() - 0.3) < 0.01 and abs(x.std().item() - 0.5) < 0.015
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 100])
+def test_ddim_on_the_straight_path_is_eulers_step(float64, n):
+    "Whatever the model says: x + (u' - u) v, as in flow matching (2210.02747)."
+    scheduler = NoiseScheduler.flow(T)
+    steps, started = run_of(ddim_steps, scheduler, torch.randn(SHAPE, generator=seeded(1)), n)
+    for step, x, (t, prev_t) in zip(steps, started, scheduler.timesteps(n), strict=True):
+        v, u, u_prev = lively(x, torch.full((4,), t)), (t + 1)/T, (prev_t + 1)/T
+        assert_close(step.x, x + (u_prev - u)*v, rtol=0, atol=1e-12)
+        assert_close(step.x0, x - u*v, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -295,11 +332,10 @@ def test_same_seed_same_samples(method):
 @pytest.mark.parametrize("method", FAST.values(), ids=FAST)
 def test_no_signal_at_all(method, prediction_type):
     "A schedule that ends at alpha_bar 0: finite, and nearly what one gives that ends just above."
-    betas = NoiseScheduler.cosine(T).betas.clone()
-    ends = []
+    betas, ends = cosine_betas(T), []
     for last in (1., 1 - 1e-12):
         betas[-1] = last
-        scheduler = NoiseScheduler(betas, prediction_type)
+        scheduler = NoiseScheduler(*from_betas(betas), prediction_type=prediction_type)
         for n in (1, 2, 3, 10, T):
             steps, _ = run_of(method, scheduler, torch.randn(SHAPE, generator=seeded(1)), n)
             assert all(step.x.isfinite().all() and step.x0.isfinite().all() for step in steps)

@@ -9,12 +9,13 @@ from torch.testing import assert_close
 
 import reference
 from ddpm_tutorial.sampler import Step, prepare_conditions, ddpm_steps, initial_noise, guided, predict_x0, predict, sample, save_gif, snapshots
-from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
+from ddpm_tutorial.scheduler import VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
 
 MEAN, STD = 1.5, 0.5                # of the pixels to be drawn: outside of [-1, 1] on purpose
 SHAPE = (4, 1, 8, 8)
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LABELS = torch.tensor([0, 1, 2, 3])
 
 

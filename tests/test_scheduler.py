@@ -8,9 +8,11 @@ from torch.testing import assert_close
 
 import reference
 from ddpm_tutorial.sampler import ddpm_steps
-from ddpm_tutorial.scheduler import PREDICTION_TYPES, VARIANCE_TYPES, NoiseScheduler, SchedulerConfig, check_batch, cosine_betas, linear_betas
+from ddpm_tutorial.scheduler import (PREDICTION_TYPES, SCHEDULES, VARIANCE_TYPES, NoisePath, NoiseScheduler, SchedulerConfig, check_batch,
+                                     cosine_betas, flow_path, from_betas, linear_betas)
 from peers import diffusers_scheduler
 
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 CASES = [("linear", 1000), ("linear", 50), ("cosine", 1000), ("cosine", 50)]
 EXACT = dict(rtol=0, atol=1e-12)    # of numbers about 1 in size: some thousand roundings of 1e-16
 
@@ -40,9 +42,10 @@ def per_image(numbers): return torch.tensor(numbers, dtype=torch.float64).view(-
 def test_betas_and_their_products(schedule, T):
     "Betas and cumulative products against plain Python."
     betas, scheduler = reference.betas(schedule, T), scheduler_of(schedule, T)
-    assert_close(scheduler.betas, torch.tensor(betas, dtype=torch.float64), **EXACT)
+    assert_close(BETAS[schedule](T), torch.tensor(betas, dtype=torch.float64), **EXACT)
     expected = torch.tensor([reference.alpha_bar(betas, t) for t in range(T)], dtype=torch.float64)
-    assert_close(scheduler.alphas_cumprod, expected, rtol=1e-12, atol=0)   # the last ones are tiny: relative
+    assert_close(scheduler.signal, expected.sqrt(), rtol=1e-12, atol=0)    # the last ones are tiny: relative
+    assert_close(scheduler.sigma, (1 - expected).sqrt(), **EXACT)
     assert len(scheduler) == T
 
 
@@ -50,17 +53,17 @@ def test_cosine_products_follow_the_cosine():
     "The product of the betas is the squared cosine itself, up to the last step, where a beta is held below 1."
     f = lambda u: math.cos((u + 0.008)/1.008 * math.pi/2)**2
     scheduler = NoiseScheduler.cosine(100)
-    assert_close(scheduler.alphas_cumprod[:-1], torch.tensor([f((t + 1)/100)/f(0) for t in range(99)], dtype=torch.float64), **EXACT)
-    assert scheduler.betas[-1] == 0.999
+    assert_close(scheduler.signal[:-1]**2, torch.tensor([f((t + 1)/100)/f(0) for t in range(99)], dtype=torch.float64), **EXACT)
+    assert cosine_betas(100)[-1] == 0.999
 
 
 @pytest.mark.parametrize("T", [50, 200, 1000, 4000])
 def test_the_end_is_noise_for_every_length(T):
     "Both schedules start near the clean image and end near pure noise, whatever T is."
     for scheduler in (NoiseScheduler.linear(T), NoiseScheduler.cosine(T)):
-        first, last = scheduler.alphas_cumprod[0].item(), scheduler.alphas_cumprod[-1].item()
+        first, last = scheduler.signal[0].item()**2, scheduler.signal[-1].item()**2
         assert first > 0.99 and last < 1e-4
-        assert (scheduler.alphas_cumprod.diff() < 0).all()
+        assert (scheduler.signal.diff() < 0).all()
 
 
 @pytest.mark.parametrize("schedule, T", CASES)
@@ -70,7 +73,8 @@ def test_add_noise_and_velocity(schedule, T):
     x0, noise = some_images(len(t))
     a = per_image([reference.alpha_bar(betas, time) for time in t.tolist()])
     assert_close(scheduler.add_noise(x0, noise, t), a**0.5*x0 + (1 - a)**0.5*noise, **EXACT)
-    assert_close(scheduler.velocity(x0, noise, t), a**0.5*noise - (1 - a)**0.5*x0, **EXACT)
+    velocity = scheduler_of(schedule, T, prediction_type="v_prediction").target(x0, noise, t)
+    assert_close(velocity, a**0.5*noise - (1 - a)**0.5*x0, **EXACT)
     assert torch.equal(scheduler.add_noise(x0, noise, t)[-1], x0[-1])
     assert scheduler.add_noise(x0.float(), noise.float(), t).dtype == torch.float32
 
@@ -79,7 +83,7 @@ def test_many_small_steps_are_one_big_step():
     "Noise that is added step by step has the moments that `add_noise` has in one go."
     scheduler = NoiseScheduler.linear(50)
     signal, variance, zero = 1., 0., torch.zeros(1, 1, dtype=torch.float64)
-    for t, beta in enumerate(scheduler.betas.tolist()):
+    for t, beta in enumerate(linear_betas(50).tolist()):
         signal, variance = math.sqrt(1 - beta)*signal, (1 - beta)*variance + beta   # x_t = sqrt(1 - beta) x + sqrt(beta) noise
         at = torch.tensor([t])
         assert abs(scheduler.add_noise(zero + 1, zero, at).item() - signal) < 1e-12
@@ -112,12 +116,13 @@ def test_snr(T):
         assert (snr.diff() < 0).all()
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_three_predictions_say_the_same(schedule):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_four_predictions_say_the_same(schedule):
     "Each target, put out by a perfect model, converts to the same x0 and the same noise, at every time."
     t = torch.arange(200)
     x0, noise = some_images(len(t))
     for prediction_type in PREDICTION_TYPES:
+        if (schedule, prediction_type) == ("flow", "epsilon"): continue    # refused: its last signal is 0
         scheduler = scheduler_of(schedule, 200, prediction_type=prediction_type)
         x_t = scheduler.add_noise(x0, noise, t)
         got_x0, got_noise = scheduler.to_x0_and_noise(scheduler.target(x0, noise, t), x_t, t)
@@ -131,6 +136,7 @@ def test_targets_are_what_their_names_say():
     x0, noise = some_images(50)
     target = lambda kind: NoiseScheduler.cosine(50, prediction_type=kind).target(x0, noise, t)
     assert torch.equal(target("epsilon"), noise) and torch.equal(target("sample"), x0)
+    assert torch.equal(target("flow"), noise - x0)
     expected = diffusers_scheduler("cosine", 50, exact=True).get_velocity(x0, noise, t)
     assert_close(target("v_prediction"), expected, **EXACT)
 
@@ -164,8 +170,8 @@ def test_timesteps_against_diffusers(n):
 def test_schedule_against_diffusers(schedule):
     "Betas, products and noisy images; theirs are float32, rounded to 6e-8; square roots of what is left magnify that."
     ours, theirs, t = scheduler_of(schedule, 1000), diffusers_scheduler(schedule, 1000), torch.arange(1000)
-    assert_close(ours.betas.float(), theirs.betas, rtol=0, atol=1e-7)
-    assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=0, atol=2e-6)
+    assert_close(BETAS[schedule](1000).float(), theirs.betas, rtol=0, atol=1e-7)
+    assert_close((ours.signal**2).float(), theirs.alphas_cumprod, rtol=0, atol=2e-6)
     x0, noise = (x.float() for x in some_images(1000))
     assert_close(ours.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t), rtol=0, atol=5e-5)
 
@@ -173,7 +179,7 @@ def test_schedule_against_diffusers(schedule):
 @pytest.mark.parametrize("exact, tolerance", [(False, 1e-4), (True, 1e-12)])
 @pytest.mark.parametrize("n", [200, 20])
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES[:3])   # it has no straight path among these
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_sampling_against_diffusers(schedule, prediction_type, variance_type, n, exact, tolerance, float64):
     "Every step from noise to image, all 200 and strided, with its own float32 table and with an exact one."
@@ -191,13 +197,69 @@ def test_sampling_against_diffusers(schedule, prediction_type, variance_type, n,
         if exact: assert_close(step.x0, x0, rtol=0, atol=tolerance)   # in float32, x0 from noise is divided by as little as 5e-4
 
 
-def test_zero_terminal_snr():
-    "A last beta of 1 is refused for noise prediction, with the reason; the two others give finite numbers."
-    betas = torch.cat([linear_betas(30)[:-1], torch.ones(1, dtype=torch.float64)])
-    with pytest.raises(ValueError, match="cannot be computed from noise alone"): NoiseScheduler(betas)
+@pytest.mark.parametrize("t, prev_t", [(0, -1), (1, 0), (24, 23), (30, 7), (48, 20), (49, 48), (49, 10)])
+def test_posterior_on_the_straight_path(t, prev_t):
+    "Where no variance is preserved: against two normal densities multiplied, in single steps and in strides."
+    scheduler, x0, x_t = NoiseScheduler.flow(50), 0.7, -0.4
+    (signal, sigma), (signal_prev, sigma_prev) = reference.flow(50, t), reference.flow(50, prev_t)
+    ratio = signal/signal_prev
+    added = sigma**2 - ratio**2*sigma_prev**2
+    at, prev, one = torch.tensor([t]), torch.tensor([prev_t]), torch.ones(1, 1, dtype=torch.float64)
+    assert_close(torch.stack(scheduler.transition(at, prev, one)).flatten(), torch.tensor([ratio, added], dtype=torch.float64), **EXACT)
+    mean, variance = scheduler.posterior(x0*one, x_t*one, at, prev)
+    large = NoiseScheduler.flow(50, variance_type="fixed_large").posterior(x0*one, x_t*one, at, prev)[1]
+    assert abs(large.item() - added) < 1e-12
+    if prev_t < 0: expected = x0, 0.                                       # clean data is asked for, and it is known
+    elif ratio == 0: expected = signal_prev*x0, sigma_prev**2              # pure noise says nothing of where it comes from
+    else: expected = reference.product_of_gaussians(signal_prev*x0, sigma_prev**2, x_t/ratio, added/ratio**2)
+    assert abs(mean.item() - expected[0]) < 1e-12 and abs(variance.item() - expected[1]) < 1e-12
+
+
+def test_the_straight_path():
+    "Signal 1 - u and sigma u; the ratio of their squares; the noise that leads from x0 to x_t."
+    scheduler, t = NoiseScheduler.flow(8), torch.arange(-1, 8)
+    x0, noise = some_images(9)
+    u = per_image([i/8 for i in range(9)])
+    assert_close(scheduler.add_noise(x0, noise, t), (1 - u)*x0 + u*noise, **EXACT)
+    assert_close(scheduler.target(x0, noise, t), noise - x0, **EXACT)
+    assert_close(scheduler.implied_noise(x0, scheduler.add_noise(x0, noise, t), t)[1:], noise[1:], **EXACT)
+    assert_close(scheduler.snr(t), ((1 - u)/u).flatten()**2, rtol=1e-12, atol=0)
+    assert scheduler.prediction_type == "flow" and torch.equal(SchedulerConfig("flow", 8, "flow").build().sigma, scheduler.sigma)
+
+
+HALF, FALLING = torch.full((4,), 0.5, dtype=torch.float64), torch.linspace(0.9, 0.2, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("signal, sigma, message", [
+    (FALLING.float(), HALF, "signal must be float64"), (FALLING, HALF.float(), "sigma must be float64"), (FALLING[None], HALF, "signal must be"),
+    (FALLING[:3], HALF, "one value for each time, not 3 and 4"), (FALLING + 0.2, HALF, r"signal must be in \[0, 1\]"),
+    (-FALLING, HALF, r"signal must be in \[0, 1\]"), (FALLING*math.nan, HALF, r"signal must be in \[0, 1\]"),
+    (FALLING, 3*HALF, r"sigma must be in \(0, 1\]"), (FALLING, 0*HALF, r"sigma must be in \(0, 1\]"), (0*FALLING, HALF, "only the last signal"),
+    (HALF, HALF, "signal/sigma must fall"), (FALLING.flip(0), HALF, "signal/sigma must fall"), (FALLING[:0], HALF[:0], "signal must be float64")])
+def test_paths_that_cannot_work_are_refused(signal, sigma, message):
+    with pytest.raises(ValueError, match=message): NoisePath(signal, sigma)
+
+
+def test_a_new_path_is_one_constructor():
+    "Ten lines: a path of one's own, straight but slower at the noisy end, which the samplers serve and a configuration can name."
+    def slow_path(num_steps):
+        u = flow_path(num_steps)[1]**0.5
+        return 1 - u, u
+    scheduler = NoiseScheduler(*slow_path(50), prediction_type="flow")
     x0, noise = some_images(1)
-    for prediction_type in ("sample", "v_prediction"):
-        scheduler, t = NoiseScheduler(betas, prediction_type), torch.tensor([29])
+    def model(x, t): return noise.float() - x0.float()
+    x = list(ddpm_steps(model, scheduler, noise.shape, generator=torch.Generator().manual_seed(0), num_inference_steps=5))[-1].x
+    assert_close(scheduler.add_noise(x0, noise, torch.tensor([24])), (1 - 0.5**0.5)*x0 + 0.5**0.5*noise, **EXACT)
+    assert x.isfinite().all()
+
+
+def test_zero_terminal_snr():
+    "A last beta of 1 is refused for noise prediction, with the reason; the others give finite numbers."
+    betas = torch.cat([linear_betas(30)[:-1], torch.ones(1, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="cannot be computed from noise alone"): NoiseScheduler(*from_betas(betas))
+    x0, noise = some_images(1)
+    for prediction_type in ("sample", "v_prediction", "flow"):
+        scheduler, t = NoiseScheduler(*from_betas(betas), prediction_type=prediction_type), torch.tensor([29])
         x_t = scheduler.add_noise(x0, noise, t)
         assert torch.equal(x_t, noise)
         got_x0, got_noise = scheduler.to_x0_and_noise(scheduler.target(x0, noise, t), x_t, t)
@@ -209,8 +271,10 @@ def test_zero_terminal_snr():
 @pytest.mark.parametrize("make, message", [
     (lambda: NoiseScheduler.linear(prediction_type="noise"), "prediction_type must be one of"),
     (lambda: NoiseScheduler.linear(variance_type="learned"), "variance_type must be one of"),
-    (lambda: NoiseScheduler(linear_betas(50).float()), "betas must be float64"),
-    (lambda: NoiseScheduler(torch.zeros(3, dtype=torch.float64)), r"betas must be in \(0, 1\]"),
+    (lambda: from_betas(linear_betas(50).float()), "betas must be float64"),
+    (lambda: from_betas(torch.zeros(3, dtype=torch.float64)), r"betas must be in \(0, 1\]"),
+    (lambda: NoiseScheduler.flow(prediction_type="epsilon"), "cannot be computed from noise alone"),
+    (lambda: SchedulerConfig("flow"), "cannot be computed from noise alone"),
     (lambda: linear_betas(20), "at least 21 steps"),
     (lambda: cosine_betas(0), "at least 1"),
     (lambda: SchedulerConfig("sigmoid"), "schedule must be one of"),
@@ -223,10 +287,11 @@ def test_what_cannot_work_is_refused(make, message):
 def test_betas_that_are_no_tensor_are_refused():
     "A list or an array has no torch type that could be named."
     for betas in ([0.1, 0.2], linear_betas(50).numpy()):
-        with pytest.raises(TypeError, match="betas must be a tensor, not"): NoiseScheduler(betas)
+        with pytest.raises(TypeError, match="betas must be a tensor, not"): from_betas(betas)
+        with pytest.raises(TypeError, match="signal must be a tensor, not"): NoisePath(betas, linear_betas(50))
 
 
-IMAGES = {"add_noise": ("x0", "noise"), "velocity": ("x0", "noise"), "target": ("x0", "noise"), "to_x0_and_noise": ("output", "x_t"), "posterior": ("x0", "x_t")}
+IMAGES = {"add_noise": ("x0", "noise"), "target": ("x0", "noise"), "to_x0_and_noise": ("output", "x_t"), "posterior": ("x0", "x_t"), "implied_noise": ("x0", "x_t")}
 each_method = pytest.mark.parametrize("method", IMAGES)
 each_prediction = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 
@@ -267,11 +332,11 @@ def test_times_that_do_not_fit_are_refused(method, prediction_type):
 
 
 def test_times_alone_are_checked():
-    "By the two methods that take no images; `alpha_bar` may be asked for any number of times."
+    "By the methods that take no images; `factors` may be asked for any number of times."
     scheduler = NoiseScheduler.cosine(50)
     x, t = torch.zeros(3, 1, 4, 4), torch.tensor([3, -1])
-    assert scheduler.alpha_bar(t, x).shape == (2, 1, 1, 1) and scheduler.snr(t).shape == (2,)
-    for ask in (scheduler.snr, lambda t: scheduler.alpha_bar(t, x)):
+    assert [factor.shape for factor in scheduler.factors(t, x)] == [(2, 1, 1, 1)]*2 and scheduler.snr(t).shape == (2,)
+    for ask in (scheduler.snr, lambda t: scheduler.factors(t, x), lambda t: scheduler.transition(t, t, x)):
         for wrong in (t.float(), t.int(), 3, [3]):
             with pytest.raises(TypeError, match="^t must be int64"): ask(wrong)
         for wrong in (torch.tensor(3), t[:, None]):
@@ -296,7 +361,7 @@ def test_scheduler_is_no_module():
     "It has no buffers that a model could save, move or average: a model that carries one stays as it was."
     model, scheduler = nn.Linear(2, 2), NoiseScheduler.linear()
     model.scheduler = scheduler
-    scheduler.alphas_cumprod                                       # the cached table too
+    scheduler.snr(torch.tensor([0]))                               # the cached table too
     assert not isinstance(scheduler, nn.Module)
     assert list(model.buffers()) == [] and set(model.state_dict()) == {"weight", "bias"}
     assert len(list(model.modules())) == 1

@@ -40,9 +40,9 @@ def test_loss_is_its_formula(prediction_type):
     "Squared error against the target, mean over an image's pixels, one number an image; the model is given x_t, t and the labels."
     scheduler, t = NoiseScheduler.cosine(50, prediction_type=prediction_type), torch.tensor([0, 20, 49])
     x0, noise = (torch.randn(3, 2, 4, 4, generator=random_generator(seed), dtype=torch.float64) for seed in (0, 1))
-    a = scheduler.alphas_cumprod[t].view(3, 1, 1, 1)
+    a = (scheduler.signal**2)[t].view(3, 1, 1, 1)
     x_t = a**0.5*x0 + (1 - a)**0.5*noise
-    target = {"epsilon": noise, "sample": x0, "v_prediction": a**0.5*noise - (1 - a)**0.5*x0}[prediction_type]
+    target = {"epsilon": noise, "sample": x0, "v_prediction": a**0.5*noise - (1 - a)**0.5*x0, "flow": noise - x0}[prediction_type]
     def model(x, times, labels):
         assert_close(x, x_t, rtol=0, atol=1e-12)
         assert torch.equal(times, t) and labels == "given"

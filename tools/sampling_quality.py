@@ -35,7 +35,8 @@ class WholeStride(NoiseScheduler):
         return [*pairs, (t, -1)]
 
 def whole_stride_steps(model, scheduler, *args, **kwargs):
-    return dpm_solver_steps(model, WholeStride(scheduler.betas, scheduler.prediction_type), *args, **kwargs)
+    whole = WholeStride(scheduler.signal, scheduler.sigma, prediction_type=scheduler.prediction_type)
+    return dpm_solver_steps(model, whole, *args, **kwargs)
 
 METHODS["dpm++ log_snr"] = partial(dpm_solver_steps, spacing="log_snr")    # these two are measured here only: the commands do not know them
 METHODS["dpm++ whole stride"] = whole_stride_steps
