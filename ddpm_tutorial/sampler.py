@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Step', 'check_shape', 'prepare_conditions', 'initial_noise', 'predict', 'predict_x0', 'denoise_steps', 'ddpm_steps',
-           'sample', 'snapshots', 'save_gif', 'guided']
+           'sample', 'snapshots', 'save_gif', 'null_conditions', 'guided']
 
 # %% ../nbs/06_sampler.ipynb #04b963a2
 from collections.abc import Callable, Iterator
@@ -184,25 +184,34 @@ def save_gif(
     pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 
 # %% ../nbs/06_sampler.ipynb #12125727
+def null_conditions(
+    null: dict,              # for each condition the value that means "none", e.g. {"labels": 10}
+    cond: dict               # conditions, each with one row for each sample
+) -> dict:                   # as cond, with every row "none"
+    "Raises `ValueError` unless the conditions are those that `null` names, with rows of the same type and shape."
+    if cond.keys() != null.keys():
+        raise ValueError(f"the conditions {sorted(null)} are needed, but {sorted(cond)} were given")
+    rows = {name: torch.as_tensor(value) for name, value in null.items()}
+    for name, value in cond.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, one row for each sample, not {value!r}")
+        if value.ndim == 0 or value.shape[1:] != rows[name].shape or value.dtype != rows[name].dtype:
+            needed = f"{rows[name].dtype} ({', '.join(['B', *map(str, rows[name].shape)])})"
+            raise ValueError(f"{name} must be {needed}, not {value.dtype} {tuple(value.shape)}")
+    return {name: rows[name].to(value).expand_as(value) for name, value in cond.items()}
+
 def guided(
     model: Callable,        # model(x, t, **cond) -> prediction
     guidance_scale: float,  # 0: unconditional, 1: conditional, above: exaggerated
-    null: dict              # for each condition the value that means "none", e.g. {"labels": 10}
+    null: dict              # as in `null_conditions`; a `UNet` knows its own, `null_cond`
 ) -> Callable:              # as model
     """Classifier-free guidance as a wrapper: `uncond + guidance_scale (cond - uncond)`, both halves in one batch.
 
-    `guidance_scale` is 1 + w of [2207.12598](https://arxiv.org/abs/2207.12598), eq. 6. Raises `ValueError` when it is
-    called without the conditions that `null` names, as tensors, and what `predict` raises."""
-    def nothing(cond):
-        if cond.keys() != null.keys():
-            raise ValueError(f"guidance needs the conditions {sorted(null)}, but {sorted(cond)} were given")
-        for name, value in cond.items():
-            if not isinstance(value, Tensor): raise ValueError(f"{name} must be a tensor, one row for each sample, not {value!r}")
-        return {name: torch.as_tensor(null[name]).to(value).expand_as(value) for name, value in cond.items()}
-
+    `guidance_scale` is 1 + w of [2207.12598](https://arxiv.org/abs/2207.12598), eq. 6. The guided model raises what
+    `null_conditions` and `predict` raise."""
     def guided_model(x, t, **cond):
         cond = prepare_conditions(cond, x.shape, x.device)
-        uncond = nothing(cond)
+        uncond = null_conditions(null, cond)
         if guidance_scale in (0, 1): return predict(model, x, t, cond if guidance_scale else uncond)
         both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
         without, with_cond = predict(model, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)

@@ -317,7 +317,7 @@ def test_what_a_step_is_said_to_need_is_what_it_takes(batch_size):
 from ddpm_tutorial.run.config import PRESETS
 from ddpm_tutorial.run.device import NotEnoughMemory, check_memory, new_model
 from ddpm_tutorial.data import load_sample
-from ddpm_tutorial.training import new_state, train_steps
+from ddpm_tutorial.training import diffusion_objective, new_state, train_steps
 def most(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))/1024 # MiB
 config = replace(PRESETS["small"], train=replace(PRESETS["small"].train, batch_size={batch_size}, max_steps=2))
 state, data = new_state(new_model(config), config.train), load_sample()
@@ -325,7 +325,7 @@ try: check_memory(state.model, config, "fp32", 0)
 except NotEnoughMemory as error: print(error)
 open("/proc/self/clear_refs", "w").write("5") # the peak begins anew
 before = most()
-for _ in train_steps(state, data, config.scheduler.build(), config.train): pass
+for _ in train_steps(state, data, diffusion_objective(config.scheduler.build(), config.train.label_dropout), config.train): pass
 print(most() - before)"""
     said, took = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
     needs = 1024*float(re.search(r"needs ([\d.]+) GiB", said)[1])

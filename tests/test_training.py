@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from ddpm_tutorial.data import batches, load_sample
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler
-from ddpm_tutorial.training import (TrainConfig, diffusion_loss, drop_labels, ema_decay, learning_rate, new_state, random_generator,
-                                    total_steps, train_steps, update_ema, validation_loss)
+from ddpm_tutorial.training import (TrainConfig, diffusion_loss, diffusion_objective, drop_conditions, ema_decay, learning_rate,
+                                    new_state, random_generator, total_steps, train_steps, update_ema, validation_loss)
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
 
@@ -24,6 +24,9 @@ SCHEDULER = NoiseScheduler.cosine(50, prediction_type="v_prediction")
 def fresh_state(seed=0, config=CONFIG):
     torch.manual_seed(seed)
     return new_state(UNet(TINY), config)
+
+
+def objective(config): return diffusion_objective(SCHEDULER, config.label_dropout)
 
 
 def everything(state):
@@ -52,19 +55,69 @@ def test_loss_is_its_formula(prediction_type):
     assert_close(losses.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)   # the prediction is float32
 
 
-def test_drop_labels():
+def drop_labels(labels, probability, generator): return drop_conditions({"labels": labels}, {"labels": 10}, probability, generator)["labels"]
+
+
+def test_drop_conditions():
     "The share lies within 5 binomial standard deviations; the others are as they were; 0 drops none; the seed decides."
     labels = torch.arange(10).repeat(1000)
     for probability in (0.1, 0.5):
-        dropped = drop_labels(labels, 10, probability, random_generator(0))
+        dropped = drop_labels(labels, probability, random_generator(0))
         gone = dropped == 10
         assert abs(gone.sum().item() - 10_000*probability) < 5*math.sqrt(10_000*probability*(1 - probability))
         assert torch.equal(dropped[~gone], labels[~gone])
         assert gone.view(-1, 10).sum(dim=0).min() > 0                # every class
-        assert torch.equal(dropped, drop_labels(labels, 10, probability, random_generator(0)))
-        assert not torch.equal(dropped, drop_labels(labels, 10, probability, random_generator(1)))
-    assert torch.equal(drop_labels(labels, 10, 0., random_generator(0)), labels)
+        assert torch.equal(dropped, drop_labels(labels, probability, random_generator(0)))
+        assert not torch.equal(dropped, drop_labels(labels, probability, random_generator(1)))
+    assert torch.equal(drop_labels(labels, 0., random_generator(0)), labels)
     assert labels.max() == 9                                        # the caller's labels are not written to
+
+
+def test_all_conditions_of_an_image_are_dropped_together():
+    "A label and a context of three vectors: the same images lose both; what is dropped becomes the null row."
+    cond = {"labels": torch.arange(10).repeat(20), "context": torch.rand(200, 3, 4, generator=random_generator(1))}
+    null = {"labels": 10, "context": torch.full((3, 4), -1.)}
+    dropped = drop_conditions(cond, null, 0.3, random_generator(0))
+    gone = dropped["labels"] == 10
+    assert 30 < gone.sum() < 90 and torch.equal(gone, (dropped["context"] == -1).all(dim=(1, 2)))
+    assert torch.equal(dropped["context"][~gone], cond["context"][~gone])
+    assert drop_conditions({}, {}, 0.3, random_generator(0)) == {}
+    with pytest.raises(ValueError, match=r"the conditions \['context', 'labels'\] are needed, but \['labels'\] were given"):
+        drop_conditions({"labels": cond["labels"]}, null, 0.3, random_generator(0))
+    with pytest.raises(ValueError, match=r"context must be torch.float32 \(B, 3, 4\), not torch.float32 \(200, 2, 4\)"):
+        drop_conditions(cond | {"context": cond["context"][:, :2]}, null, 0.3, random_generator(0))
+
+
+def test_a_new_objective_is_one_function():
+    "Ten lines: an autoencoder of one layer, with the same loop, its average and its way of going on."
+    def reconstruction(model, x0, cond, generator):
+        noisy = x0 + 0.1*torch.randn(x0.shape, generator=generator)
+        losses = (model(noisy) - x0).abs().flatten(1).mean(dim=1)
+        return losses, torch.zeros(len(x0))
+    config = TrainConfig(epochs=30, batch_size=25, lr=1e-2)
+    torch.manual_seed(0)
+    state = new_state(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)), config)
+    losses = [record.loss for record in train_steps(state, FEW, reconstruction, config)]
+    assert len(losses) == 60 and losses[-1] < 0.5*losses[0]
+
+
+def test_a_new_data_set_needs_a_length_and_a_batch():
+    "Ten lines: points in the plane with a number as their condition, trained on and validated with."
+    class Points:
+        x0, angle = torch.randn(60, 2, generator=random_generator(0)), torch.rand(60, 1, generator=random_generator(1))
+        def __len__(self): return 60
+        def batch(self, index, device): return self.x0[index].to(device), {"angle": self.angle[index].to(device)}
+    class Model(nn.Module):
+        null_cond = {"angle": torch.zeros(1)}
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+        def forward(self, x, t, angle): return self.layer(torch.cat([x, t[:, None]/50, angle], dim=1))
+    config = TrainConfig(epochs=40, batch_size=30, lr=1e-2, label_dropout=0.5)
+    state, data = new_state(Model(), config), Points()
+    before = validation_loss(state.model, data, SCHEDULER)
+    for _ in train_steps(state, data, objective(config), config): pass
+    assert validation_loss(state.ema, data, SCHEDULER) < 0.9*before
 
 
 @pytest.mark.parametrize("dropout", [0., 0.3])
@@ -73,13 +126,13 @@ def test_label_dropout_in_the_loop(dropout):
     config = TrainConfig(epochs=30, batch_size=50, label_dropout=dropout)
     state, shown = fresh_state(config=config), []
     state.model.register_forward_pre_hook(lambda module, args, kwargs: shown.append(kwargs["labels"]), with_kwargs=True)
-    for _ in train_steps(state, FEW, SCHEDULER, config): pass
+    for _ in train_steps(state, FEW, objective(config), config): pass
     shown = torch.stack(shown)                                      # (steps, images)
     n, null = shown.numel(), shown == 10
     assert abs(null.sum().item() - n*dropout) <= 5*math.sqrt(n*dropout*(1 - dropout))
     for epoch, labels in enumerate(shown):
         _, expected = next(batches(FEW, 50, generator=random_generator(0, 0, epoch)))
-        assert torch.equal(labels[labels < 10], expected[labels < 10])
+        assert torch.equal(labels[labels < 10], expected["labels"][labels < 10])
     untouched = torch.equal(state.model.class_embedding.weight[10], fresh_state(config=config).model.class_embedding.weight[10])
     assert untouched == (dropout == 0)
 
@@ -134,7 +187,7 @@ def test_average_in_the_loop():
     "After each step the average has taken in the weights of that very step, with the warmed-up decay."
     state = fresh_state()
     expected = {name: weight.clone() for name, weight in state.ema.state_dict().items()}
-    for record in train_steps(state, FEW, SCHEDULER, CONFIG):
+    for record in train_steps(state, FEW, objective(CONFIG), CONFIG):
         decay = min(0.999, record.step/(9 + record.step))           # counted from 1 here
         for name, weight in state.model.state_dict().items(): expected[name] = decay*expected[name] + (1 - decay)*weight
         for name, weight in state.ema.state_dict().items(): assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
@@ -145,12 +198,12 @@ def test_first_step_is_adamw_by_hand():
     "One step of plain AdamW on the clipped gradient of the mean loss, with the draws of seed and step: algorithm 1 written out."
     config = TrainConfig(epochs=1, batch_size=50, lr=1e-3, weight_decay=0.1, label_dropout=0., grad_clip=0.01, seed=3)
     state, mine = fresh_state(config=config), fresh_state(config=config).model
-    record = next(train_steps(state, FEW, SCHEDULER, config))
-    x0, labels = next(batches(FEW, 50, generator=random_generator(3, 0, 0)))
-    assert len(set(record.t.tolist())) > 10 and record.t.min() >= 0 and record.t.max() < 50
+    record = next(train_steps(state, FEW, objective(config), config))
+    x0, cond = next(batches(FEW, 50, generator=random_generator(3, 0, 0)))
     generator = random_generator(3, 1, 0)
     t, noise = torch.randint(50, (50,), generator=generator), torch.randn(x0.shape, generator=generator)
-    losses = diffusion_loss(mine, SCHEDULER, x0, t=t, noise=noise, labels=labels)
+    assert torch.equal(record.level, t.double()/50) and len(set(t.tolist())) > 10
+    losses = diffusion_loss(mine, SCHEDULER, x0, t=t, noise=noise, **cond)
     losses.mean().backward()
     length = sum(p.grad.square().sum() for p in mine.parameters() if p.grad is not None).sqrt()
     assert length > config.grad_clip
@@ -168,8 +221,9 @@ def test_another_callable_may_compute():
     def through(*args, **cond):
         calls.append(len(args[0]))
         return other.model(*args, **cond)
-    for _ in train_steps(plain, FEW, SCHEDULER, config): pass
-    for _ in train_steps(other, FEW, SCHEDULER, config, model=through): pass
+    through.null_cond = other.model.null_cond
+    for _ in train_steps(plain, FEW, objective(config), config): pass
+    for _ in train_steps(other, FEW, objective(config), config, model=through): pass
     assert calls == [25]*4
     for one, two in ((plain.model, other.model), (plain.ema, other.ema)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
@@ -178,12 +232,12 @@ def test_another_callable_may_compute():
 def test_each_image_once_an_epoch():
     "Steps, epochs and sizes of the batches; `max_steps` ends the run earlier."
     config = TrainConfig(epochs=2, batch_size=20)
-    records = list(train_steps(fresh_state(config=config), FEW, SCHEDULER, config))
+    records = list(train_steps(fresh_state(config=config), FEW, objective(config), config))
     assert [(r.step, r.epoch, len(r.losses)) for r in records] == [(1, 0, 20), (2, 0, 20), (3, 0, 10), (4, 1, 20), (5, 1, 20), (6, 1, 10)]
     assert total_steps(config, 50) == 6
     for max_steps in (4, 100):
         config = TrainConfig(epochs=2, batch_size=20, max_steps=max_steps)
-        assert len(list(train_steps(fresh_state(config=config), FEW, SCHEDULER, config))) == total_steps(config, 50) == min(6, max_steps)
+        assert len(list(train_steps(fresh_state(config=config), FEW, objective(config), config))) == total_steps(config, 50) == min(6, max_steps)
 
 
 def test_learning_rate():
@@ -194,7 +248,7 @@ def test_learning_rate():
     assert all(math.isclose(rates[4 + k], 1e-3*math.cos(math.pi*k/200)**2, abs_tol=1e-12) for k in range(101))
     assert learning_rate(10**6, TrainConfig(lr=1e-3, warmup_steps=4), 104) == 1e-3
     state, config = fresh_state(), TrainConfig(epochs=2, batch_size=20, lr=1e-3, warmup_steps=2, lr_decay=True)
-    for record in train_steps(state, FEW, SCHEDULER, config):
+    for record in train_steps(state, FEW, objective(config), config):
         assert record.lr == state.optimizer.param_groups[0]["lr"] == learning_rate(record.step - 1, config, 6)
 
 
@@ -203,14 +257,14 @@ def test_the_loss_falls():
     config, data = TrainConfig(epochs=40, batch_size=10, lr=1e-2), load_sample()[torch.arange(0, 1000, 100)]
     state = fresh_state(config=config)
     before = validation_loss(state.model, data, SCHEDULER)
-    for _ in train_steps(state, data, SCHEDULER, config): pass
+    for _ in train_steps(state, data, objective(config), config): pass
     for model in (state.model, state.ema): assert validation_loss(model, data, SCHEDULER) < 0.75*before
 
 
 def cut_and_go_on(k):
     "Train k steps, save to bytes, read them into another network, go on. Returns the state and its records."
     first = fresh_state()
-    for record in train_steps(first, FEW, SCHEDULER, CONFIG):
+    for record in train_steps(first, FEW, objective(CONFIG), CONFIG):
         if record.step == k: break
     file = io.BytesIO()
     torch.save([part.state_dict() for part in (first.model, first.ema, first.optimizer)], file)
@@ -219,14 +273,14 @@ def cut_and_go_on(k):
     for part, values in zip((second.model, second.ema, second.optimizer), torch.load(file, weights_only=True)): part.load_state_dict(values)
     second.step = k
     torch.manual_seed(k)                                            # whatever else drew numbers meanwhile
-    return second, list(train_steps(second, FEW, SCHEDULER, CONFIG))
+    return second, list(train_steps(second, FEW, objective(CONFIG), CONFIG))
 
 
 def test_resumed_run_equals_the_unbroken_one():
     "Cut after every possible step, at the edge of an epoch (3) and inside: losses, times, weights, average and optimizer, bit for bit."
     unbroken = fresh_state()
-    records = list(train_steps(unbroken, FEW, SCHEDULER, CONFIG))
-    assert len({tuple(record.t[:10].tolist()) for record in records}) == 6     # every step has draws of its own
+    records = list(train_steps(unbroken, FEW, objective(CONFIG), CONFIG))
+    assert len({tuple(record.level[:10].tolist()) for record in records}) == 6     # every step has draws of its own
     for k in (1, 2, 3, 4, 5):
         resumed, rest = cut_and_go_on(k)
         assert [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in rest] == [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in records[k:]]
@@ -236,7 +290,7 @@ def test_resumed_run_equals_the_unbroken_one():
 
 def test_seed_decides_the_run():
     "Another seed is another run, even from the same weights."
-    losses = [next(train_steps(fresh_state(), FEW, SCHEDULER, TrainConfig(batch_size=20, seed=seed))).loss for seed in (0, 0, 1)]
+    losses = [next(train_steps(fresh_state(), FEW, objective(CONFIG), TrainConfig(batch_size=20, seed=seed))).loss for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -244,7 +298,7 @@ def test_seed_decides_the_run():
 def test_bad_loss_stops_before_the_step(bad):
     "Two good steps, then a weight breaks: an error that names the step, and nothing but that weight has changed."
     state = fresh_state()
-    steps = train_steps(state, FEW, SCHEDULER, CONFIG)
+    steps = train_steps(state, FEW, objective(CONFIG), CONFIG)
     next(steps), next(steps)
     nn.init.constant_(state.model.conv_out.bias, bad)
     before = copy.deepcopy(everything(state))
@@ -257,7 +311,7 @@ def test_bad_loss_stops_before_the_step(bad):
 def test_bad_gradient_stops_before_the_step(bad):
     "The loss is a number and one gradient is none."
     state = fresh_state()
-    steps = train_steps(state, FEW, SCHEDULER, CONFIG)
+    steps = train_steps(state, FEW, objective(CONFIG), CONFIG)
     next(steps)
     before = copy.deepcopy(everything(state))
     state.model.conv_in.weight.register_hook(lambda gradient: gradient*bad)
@@ -298,7 +352,7 @@ def test_bf16_keeps_weights_and_loss_in_fp32():
     for precision in ("fp32", "bf16"):
         state = fresh_state()
         nn.init.normal_(state.model.conv_out.weight, std=0.1)        # else both predict exactly 0
-        record = next(train_steps(state, FEW, SCHEDULER, CONFIG, precision))
+        record = next(train_steps(state, FEW, objective(CONFIG), CONFIG, precision))
         losses[precision] = record.losses
         assert record.losses.dtype == torch.float32 and all(p.dtype == torch.float32 for p in state.model.parameters())
     assert not torch.equal(*losses.values())
@@ -337,7 +391,7 @@ def test_loss_of_what_does_not_fit_together(change, says):
 @pytest.mark.parametrize("labels", [torch.zeros(4), torch.eye(4, dtype=torch.long), torch.tensor(3), torch.zeros(4, dtype=torch.int32)], ids=["floats", "one-hot", "one", "int32"])
 def test_drop_labels_refuses_other_labels(labels):
     "Of one-hot labels, single digits would be dropped."
-    with pytest.raises(ValueError, match=r"labels must be int64 \(B,\)"): drop_labels(labels, 10, 0.5, random_generator(0))
+    with pytest.raises(ValueError, match=r"labels must be torch.int64 \(B\)"): drop_labels(labels, 0.5, random_generator(0))
 
 
 def test_average_of_another_network_is_refused():
@@ -357,13 +411,13 @@ def test_average_of_another_network_is_refused():
 def test_precision_must_be_known():
     "Another name would train in fp32 in silence."
     for precision in ("fp16", "BF16", torch.bfloat16, None):
-        with pytest.raises(ValueError, match="precision must be fp32 or bf16"): next(train_steps(fresh_state(), FEW, SCHEDULER, CONFIG, precision))
+        with pytest.raises(ValueError, match="precision must be fp32 or bf16"): next(train_steps(fresh_state(), FEW, objective(CONFIG), CONFIG, precision))
         with pytest.raises(ValueError, match="precision must be fp32 or bf16"): validation_loss(fresh_state().ema, FEW, SCHEDULER, precision=precision)
 
 
 def test_batch_larger_than_the_data_is_refused():
     "Before the first step; as many as there are is fine."
     config = TrainConfig(epochs=1, batch_size=51)
-    with pytest.raises(ValueError, match="batch_size is 51, but there are only 50 images"): next(train_steps(fresh_state(config=config), FEW, SCHEDULER, config))
+    with pytest.raises(ValueError, match="batch_size is 51, but there are only 50 images"): next(train_steps(fresh_state(config=config), FEW, objective(config), config))
     config = TrainConfig(epochs=1, batch_size=50)
-    assert len(next(train_steps(fresh_state(config=config), FEW, SCHEDULER, config)).losses) == 50
+    assert len(next(train_steps(fresh_state(config=config), FEW, objective(config), config)).losses) == 50

@@ -16,7 +16,7 @@ from ddpm_tutorial.run.config import TINY
 from ddpm_tutorial.run.device import new_model
 from ddpm_tutorial.sampler import ddpm_steps, guided, sample
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig
-from ddpm_tutorial.training import new_state, random_generator, train_steps, validation_loss
+from ddpm_tutorial.training import diffusion_objective, new_state, random_generator, train_steps, validation_loss
 
 STORED = Path(__file__).parent/"version_1"/"numbers.npz"
 METHODS = {"ddpm": (ddpm_steps, dict(num_inference_steps=25)),
@@ -33,7 +33,7 @@ def losses(scheduler: SchedulerConfig) -> np.ndarray:
     "The first ten of `tiny` on the images of the package, and what it loses on others after them."
     config = replace(TINY, scheduler=scheduler, train=replace(TINY.train, max_steps=10))
     state = new_state(new_model(config), config.train)
-    found = [step.loss for step in train_steps(state, load_sample(), scheduler.build(), config.train)]
+    found = [step.loss for step in train_steps(state, load_sample(), diffusion_objective(scheduler.build(), config.train.label_dropout), config.train)]
     return np.array([*found, validation_loss(state.ema, load_sample("test"), scheduler.build())])
 
 def samples(name: str) -> np.ndarray:
