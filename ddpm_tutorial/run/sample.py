@@ -64,7 +64,7 @@ class SampleOptions(DrawOptions):
     mode: Literal["grid", "class_grid", "progressive"]="grid" # square, row for each class, or strip
     num_samples: int|None=None # default 16; class_grid 8 for each class; progressive 4
     class_label: int|None=None # of all samples; default: all classes in turn
-    output: Path|None=None     # .png, .gif (progressive), .npz (others); default <output_dir>/samples/<mode>.png
+    output: Path|None=None # .png, .gif (progressive), .npz (others); default <output_dir>/samples/<mode>.png
     output_dir: Path|None=None # default: the run that the checkpoint belongs to
 
     def __post_init__(self):
