@@ -43,7 +43,7 @@ def run_with_timeout(
     seconds: float,
     work: Callable # takes nothing
 ) -> str|None:     # what went wrong
-    "Does the work in a thread, and waits for it at most so long. Work that takes longer goes on by itself."
+    "Does the work in a thread, and waits for it at most this long. Slower work is left to itself."
     result = [f"no answer within {seconds:g} s"]
     def try_it():
         try:
