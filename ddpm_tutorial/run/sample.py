@@ -170,8 +170,8 @@ def check_config(
     path: Path,    # a config.json
     config: Config # of the checkpoint
 ):
-    """Raises `ConfigError` with the fields in which the file and the checkpoint differ. Only the length and the
-    path of the images may differ: the run may have been continued since."""
+    """Raises `ConfigError` with the fields in which the file and the checkpoint differ. Only the length and
+    the path of the images may differ: the run may have been continued since."""
     try: given = config_from_dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise ConfigError(f"config {path} cannot be read ({error})") from error

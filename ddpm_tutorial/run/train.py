@@ -88,8 +88,8 @@ def sample_grid(
 def checkpoint_to_resume(
     options: TrainOptions
 ) -> tuple[Path, dict]|None: # path and checkpoint, with its `Progress`; None for a new run
-    """The checkpoint to continue from, if it was made with these settings. Only the length and the path of the
-    images may have changed. Raises `ConfigError` or `CheckpointError`."""
+    """The checkpoint to continue from, if it was made with these settings. Only the length and the path of
+    the images may have changed. Raises `ConfigError` or `CheckpointError`."""
     if not options.resume and not options.resume_from: return None
     if options.resume: path, checkpoint = load_latest(options.folder/"checkpoints")
     else: path, checkpoint = options.resume_from, load_checkpoint(options.resume_from)
