@@ -40,7 +40,7 @@ class DrawOptions:
     guidance_scale: float|None=None    # 0 unconditional, 1 conditional, more exaggerates; default: as trained
     num_inference_steps: int|None=None # fewer are faster; default: as trained, or that of another method
     method: Literal[tuple(METHODS)]|None=None # default: as trained
-    clip_sample: bool|None=None # clip predicted images to [-1, 1] (--no-clip_sample: don't); default: as trained
+    clip_sample: bool|None=None # clip predictions to [-1, 1] (--no-clip_sample: don't); default: as trained
     use_ema: bool=True                 # averaged weights; otherwise those of the last step
     seed: int=0
     batch_size: int=250                # samples that are drawn together
