@@ -118,7 +118,7 @@ def _try_case(answer, cases, i):
 
 # %% ../nbs/17_exercises.ipynb #17-end
 def _describe_rest(task):
-    "What a close answer is to be compared with: ours, for a guess or a measurement."
+    "The end of the verdict on a close answer. For a guess or a measurement it says what we got."
     if task.eps < 0.01: return "what is left is rounding"
     if not all(isinstance(value, Tensor) and value.numel() <= 3 for value in task.right):
         return "no further off than is allowed here"
@@ -133,7 +133,7 @@ def _accept(task, found):
         return f"Close enough, {all_cases}: {_describe_rest(task)}."
     return None
 
-def _recognize(task, found):
+def _recognise(task, found):
     "The verdict on a typical wrong answer, or None."
     for hint, wrong in task.mistakes.items():
         if not difference(found, wrong, min(task.eps, 0.02)): return f"Not yet. {hint}"
@@ -143,7 +143,7 @@ def _is_finite_number(value):
     return isinstance(value, Tensor) and value.numel() == 1 and value.isfinite().all()
 
 def _how_far(found, wanted, eps):
-    "The difference in one case, or None. A guess is told the direction only."
+    "The difference in one case, or None. For a guess, only its direction."
     words = difference(found, wanted, eps)
     if not words or eps < 0.01: return words
     if not (_is_finite_number(found) and _is_finite_number(wanted)): return words
@@ -160,7 +160,7 @@ def _judge(task, answer):
     try: found = [as_tensors(value) for value in returned]
     except (TypeError, ValueError, RuntimeError) as error:
         return f"Not yet. We cannot check what your function returned: {error}."
-    if verdict := _accept(task, found) or _recognize(task, found): return verdict
+    if verdict := _accept(task, found) or _recognise(task, found): return verdict
     differences = ((i, _how_far(*pair, task.eps)) for i, pair in enumerate(zip(found, task.right)))
     i, words = next((i, words) for i, words in differences if words)
     return f"{_begin_verdict(task.cases, i)}: your function returned {_shorten_value(returned[i])}. {words}"
