@@ -131,7 +131,8 @@ def _print_result(
     result: dict # from `evaluate`
 ):
     "Prints the metrics of the samples beside those of the real images."
-    print(f"{result['what']}\n{result['num_images']:,} images against {result['num_reference']:,} training images")
+    print(result["what"])
+    print(f"{result['num_images']:,} images against {result['num_reference']:,} training images")
     print(f"{'':24}{'samples':>10}{'real':>10}")
     for name, value in result["samples"].items():
         print(f"{name.replace('_', ' '):24}{value:10.4g}{result['real'][name]:10.4g}")
@@ -140,7 +141,7 @@ def _print_result(
 def evaluate(
     options: EvaluateOptions
 ) -> dict: # {"samples": metrics, "real": metrics, ...}
-    """Compares samples, and as many fresh real images, with the training images. Prints and writes the result.
+    """Compares samples, and as many fresh real images, with the training images. Prints and saves the result.
 
     Raises what `samples_to_measure` raises."""
     if options.samples: own_place = options.samples.with_suffix(".json")
@@ -156,7 +157,8 @@ def evaluate(
         result = {"what": what, "data": options.data,
                   "num_images": len(samples), "num_reference": len(reference)}
         for name, images in (("samples", samples), ("real", real)):
-            with wrong_usage(): result[name] = compute_metrics(images, reference, reference_output, classifier)
+            with wrong_usage():
+                result[name] = compute_metrics(images, reference, reference_output, classifier)
         if options.inception:
             for name, images in (("samples", samples), ("real", real)):
                 result[name]["inception_fid"] = inception_distance(images.images, reference.images)
