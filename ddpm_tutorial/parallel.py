@@ -37,7 +37,7 @@ class SharedBatch(nn.Module):
         network: nn.Module # on its device; every process must have one
     ):
         super().__init__()
-        self.parallel = DistributedDataParallel(network)
+        self.parallel, self.null_cond = DistributedDataParallel(network), network.null_cond
 
     def forward(self,
         x: Tensor, # (B, ...), the same in all processes

@@ -20,8 +20,9 @@ from ..data import RAW_FILES, ImageData, batches, default_data_root, load_data, 
 from .checkpoint import load_model, save_checkpoint
 from .cli import parse_options, run_command, steady_output
 from .config import PRESETS, Config, fit_to_data
-from .device import choose_device, choose_precision, new_model, sampling_steps
-from ..training import TrainState, diffusion_loss, new_state, train_steps
+from .device import (choose_device, choose_precision, label_conditions, new_model,
+                                      sampling_steps)
+from ..training import TrainState, diffusion_loss, diffusion_objective, new_state, train_steps
 
 # %% ../../nbs/16_check.ipynb #9c5ca5fa
 class CheckError(Exception):
@@ -100,8 +101,7 @@ def check_loss(
     "Tries the forward pass and the loss. Raises `CheckError` at the first part that fails."
     scheduler, generator = config.scheduler.build(), torch.Generator().manual_seed(0)
     device = next(state.model.parameters()).device
-    x0, labels = next(batches(data, 16, generator=generator, device=device))
-    cond = {"labels": labels} if config.classes else {}
+    x0, cond = next(batches(data, 16, generator=generator, device=device))
     with part("forward pass") as say, torch.no_grad():
         output = state.model(x0, torch.zeros(len(x0), device=device), **cond)
         expect(output.shape == x0.shape, f"{tuple(x0.shape)} became {tuple(output.shape)}")
@@ -125,7 +125,8 @@ def check_training(
     "Tries training steps and EMA. Raises `CheckError` at the first part that fails."
     with part("training steps") as say:
         before = [p.detach().clone() for p in state.ema.parameters()]
-        records = list(train_steps(state, data, config.scheduler.build(), config.train, precision))
+        objective = diffusion_objective(config.scheduler.build(), config.train.label_dropout)
+        records = list(train_steps(state, data, objective, config.train, precision))
         say(f"{len(records)} steps of {config.train.batch_size} images in {precision}")
     with part("EMA") as say:
         moved = sum((a - b).abs().sum().item() for a, b in zip(state.ema.parameters(), before))
@@ -151,7 +152,8 @@ def check_outputs(
         say(f"{path.stat().st_size/1e6:.1f} MB, saved and loaded")
     with part("sampling") as say:
         labels, generator = torch.arange(10) % max(len(config.classes), 1), torch.Generator().manual_seed(0)
-        for step in sampling_steps(loaded, config, labels, generator=generator, precision=precision): pass
+        cond = label_conditions(config, labels)
+        for step in sampling_steps(loaded, config, 10, cond, generator=generator, precision=precision): pass
         expect(bool(step.x.isfinite().all()), "samples are not finite")
         say(f"{tuple(step.x.shape)} in {config.inference_steps} steps")
 

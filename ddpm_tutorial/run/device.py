@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_MEMORY', 'choose_device', 'NotEnoughMemory', 'explain_out_of_memory', 'memory_mib', 'saved_bytes',
-           'free_memory', 'check_memory', 'choose_precision', 'new_model', 'sampling_steps']
+           'free_memory', 'check_memory', 'choose_precision', 'new_model', 'sampling_steps', 'label_conditions']
 
 # %% ../../nbs/10b_device.ipynb #10b-export
 import re, resource, sys
@@ -156,7 +156,8 @@ def new_model(
 def sampling_steps(
     model: nn.Module,
     config: Config,             # decides scheduler, shape, guidance, method and number of steps
-    labels: Tensor,             # (B,), 0 ... num_classes-1; without classes only their number counts
+    num_samples: int,
+    cond: dict,                 # of the samples, e.g. {"labels": (num_samples,)}; {} for a model without conditions
     *,
     generator: torch.Generator, # a CPU generator
     precision: str="fp32"       # "fp32" or "bf16" (autocast)
@@ -166,11 +167,16 @@ def sampling_steps(
     # autocast around the call alone: it must be off while the caller looks at a step
     def denoiser(x, t, **cond):
         with autocast_to(precision, device): return model(x, t, **cond)
-    cond = {}
-    if config.classes:
-        denoiser = guided(denoiser, how.guidance_scale, {"labels": len(config.classes)})
-        cond = {"labels": labels.to(device)}
-    shape = (len(labels), *config.image_shape)
+    if cond: denoiser = guided(denoiser, how.guidance_scale, model.null_cond)
+    shape = (num_samples, *config.image_shape)
     return METHODS[how.method](denoiser, config.scheduler.build(), shape, generator=generator,
                                num_inference_steps=config.inference_steps, clip_sample=how.clip_sample,
                                device=device, **cond)
+
+# %% ../../nbs/10b_device.ipynb #10b-label
+def label_conditions(
+    config: Config,
+    labels: Tensor # int64 (B,)
+) -> dict:
+    "Labels as conditions; none for a model without classes."
+    return {"labels": labels} if config.classes else {}

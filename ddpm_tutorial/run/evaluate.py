@@ -19,7 +19,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
-from ..data import (CLASSES, ImageData, load_fashion_mnist, load_images, load_sample, to_uint8,
+from ..data import (CLASSES, ImageData, load_fashion_mnist, load_images, load_sample,
                                 without_labels)
 from ..metrics import matched_subset, compute_metrics, load_classifier, extract_features
 from .cli import parse_options, run_command, steady_output
@@ -124,7 +124,7 @@ def samples_to_measure(
         drawn = draw_samples(model, config, labels, generator=random_generator(options.seed, Stream.SAMPLES),
                              batch_size=options.batch_size,
                              precision=choose_precision(options.precision, device))
-    return ImageData(to_uint8(drawn), labels, config.classes), real, describe_sampling(options, config)
+    return ImageData(drawn, labels, config.classes), real, describe_sampling(options, config)
 
 # %% ../../nbs/15b_evaluate.ipynb #76c80d6b
 def _print_result(

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..data import image_grid, to_pil, to_uint8
+from ..data import PIXELS, image_grid, to_pil
 from ..fast_sampling import METHODS
 from .checkpoint import PRETRAINED, load_model
 from .cli import parse_options, run_command, steady_output
 from .config import (MAY_DIFFER, Config, ConfigError, SamplingConfig, config_from_dict,
                                       differences)
-from .device import choose_device, choose_precision, explain_out_of_memory, sampling_steps
+from .device import (choose_device, choose_precision, explain_out_of_memory, label_conditions,
+                                      sampling_steps)
 from .files import make_folder, write_atomic
 from .signals import StopOnSignal
 from ..sampler import save_gif, snapshots
@@ -104,25 +105,27 @@ def choose_labels(
 def draw_samples(
     model: nn.Module,
     config: Config,
-    labels: Tensor,             # (n,)
+    labels: Tensor,             # (n,); without classes only their number counts
     *,
     generator: torch.Generator, # a CPU generator
     batch_size: int=250,        # samples that are drawn together
     **kwargs                    # precision, for `sampling_steps`
-) -> Tensor:                    # float (n, C, H, W) on the CPU, nominally in [-1, 1]
-    "Draws any number of samples, batch by batch, with a progress bar."
-    samples, batches = [], math.ceil(len(labels)/batch_size)
+) -> Tensor:                    # uint8 (n, C, H, W) on the CPU
+    "Draws any number of images, batch by batch, with a progress bar."
+    images, batches = [], math.ceil(len(labels)/batch_size)
     with tqdm(total=batches*config.inference_steps, unit="step", disable=None) as bar:
         for part in labels.split(batch_size):
-            for step in sampling_steps(model, config, part, generator=generator, **kwargs): bar.update()
-            samples.append(step.x.cpu())
-    return torch.cat(samples)
+            cond = label_conditions(config, part)
+            steps = sampling_steps(model, config, len(part), cond, generator=generator, **kwargs)
+            for step in steps: bar.update()
+            images.append(PIXELS.decode(step.x).cpu())
+    return torch.cat(images)
 
 # %% ../../nbs/14_sample.ipynb #56ab05e1
 def draw_progress(
     model: nn.Module,
     config: Config,
-    labels: Tensor,   # (n,)
+    labels: Tensor,   # (n,); without classes only their number counts
     num_snapshots: int,
     *,
     batch_size: int=250, # samples that are drawn together
@@ -131,14 +134,15 @@ def draw_progress(
     "Draws samples and returns snapshots of the way from noise to images."
     steps, ways = config.inference_steps, []
     for part in labels.split(batch_size):
-        bar = tqdm(sampling_steps(model, config, part, **kwargs), total=steps, unit="step", disable=None)
-        ways.append(to_uint8(snapshots(bar, steps, min(num_snapshots, steps))).cpu())
+        run = sampling_steps(model, config, len(part), label_conditions(config, part), **kwargs)
+        bar = tqdm(run, total=steps, unit="step", disable=None)
+        ways.append(PIXELS.decode(snapshots(bar, steps, min(num_snapshots, steps))).cpu())
     return torch.cat(ways, dim=1)
 
 # %% ../../nbs/14_sample.ipynb #ef7b45cb
 def write_samples(
     output: Path,    # .png or .npz
-    samples: Tensor, # float (n, C, H, W)
+    images: Tensor,  # uint8 (n, C, H, W)
     labels: Tensor,  # (n,)
     columns: int     # of the picture
 ):
@@ -146,9 +150,8 @@ def write_samples(
     `arr_1` labels."""
     def write(file):
         if output.suffix.lower() == ".npz":
-            images = to_uint8(samples).permute(0, 2, 3, 1).numpy()
-            np.savez(file, arr_0=images, arr_1=labels.numpy())
-        else: to_pil(image_grid(samples, columns, scale=2)).save(file, "png")
+            np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+        else: to_pil(image_grid(images, columns, scale=2)).save(file, "png")
     write_atomic(output, write) # the whole file or none, even after Ctrl-C
 
 def write_progress(

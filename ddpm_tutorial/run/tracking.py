@@ -183,9 +183,10 @@ class Progress:
     loss_sums: list[float]=field(default_factory=lambda: [0.]*NOISE_LEVELS) # of this epoch, by noise level
     loss_counts: list[int]=field(default_factory=lambda: [0]*NOISE_LEVELS)  # images in each
 
-    def add(self, record: TrainStep, num_steps: int, seconds: float):
+    def add(self, record: TrainStep, seconds: float):
         "Adds the losses and the time of one step."
-        for i, loss in zip((record.t*NOISE_LEVELS//num_steps).tolist(), record.losses.tolist()):
+        groups = (record.level*NOISE_LEVELS + 1e-9).long() # 1e-9: t/T is rounded, and may lie just below a border
+        for i, loss in zip(groups.tolist(), record.losses.tolist()):
             self.loss_sums[i] += loss
             self.loss_counts[i] += 1
         self.seconds += seconds

@@ -21,19 +21,19 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import __version__
-from ..data import ImageData, fingerprint, image_grid, load_data, to_pil, without_labels
+from ..data import PIXELS, ImageData, fingerprint, image_grid, load_data, to_pil, without_labels
 from ..parallel import PeerLost, SharedBatch, notice_lost_peers, process_group
 from .checkpoint import CheckpointError, load_checkpoint, load_latest, restore, save_run
 from .cli import parse_options, run_command, steady_output
 from .config import MAY_DIFFER, PRESETS, Config, ConfigError, differences, fit_to_data
-from .device import (check_memory, choose_device, choose_precision, free_memory,
-                                      explain_out_of_memory, memory_mib, new_model, sampling_steps)
+from .device import (check_memory, choose_device, choose_precision, explain_out_of_memory,
+                                      free_memory, label_conditions, memory_mib, new_model, sampling_steps)
 from .files import check_folder, lock_folder, make_folder, remove_partial_files, write_atomic
 from .report import try_report
 from .signals import StopOnSignal, Stopped
 from .tracking import Progress, Tracker, start_wandb, timed
-from ..training import (Stream, TrainState, TrainStep, learning_rate, new_state, random_generator,
-                                    total_steps, train_steps, validation_loss)
+from ..training import (Stream, TrainState, TrainStep, diffusion_objective, learning_rate,
+                                    new_state, random_generator, total_steps, train_steps, validation_loss)
 
 # %% ../../nbs/13_train.ipynb #07758995
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ def sample_grid(
     rows = len(config.classes) or 4
     labels = torch.arange(rows).repeat_interleave(columns)
     generator = random_generator(config.train.seed, Stream.PICTURES)
-    steps = sampling_steps(model, config, labels, generator=generator, precision=precision)
+    steps = sampling_steps(model, config, len(labels), label_conditions(config, labels),
+                           generator=generator, precision=precision)
     bar = tqdm(steps, total=config.inference_steps, desc="samples", unit="step", leave=False, disable=None)
     for step in bar: pass
-    return image_grid(step.x, columns, scale=2)
+    return image_grid(PIXELS.decode(step.x), columns, scale=2)
 
 # %% ../../nbs/13_train.ipynb #eb9b09f1
 def checkpoint_to_resume(
@@ -265,8 +266,9 @@ def distributed_steps(
     size: int # number of processes
 ) -> Iterator[TrainStep]:
     "The loop of lesson 07. If there are several processes, each computes its rows of the batch."
-    model, scheduler = SharedBatch(run.state.model) if size > 1 else None, run.config.scheduler.build()
-    return train_steps(run.state, run.data, scheduler, run.config.train, run.progress.precision, model)
+    model, config = SharedBatch(run.state.model) if size > 1 else None, run.config
+    objective = diffusion_objective(config.scheduler.build(), config.train.label_dropout)
+    return train_steps(run.state, run.data, objective, config.train, run.progress.precision, model)
 
 def describe_run(
     run: Run,
@@ -307,8 +309,8 @@ def record_step(
     since_line: list # changed in place: images and seconds of the steps since the last line
 ):
     "Adds a step to the progress, and writes a line after every `log_every` steps."
-    run.progress.add(record, run.config.scheduler.num_steps, seconds)
-    since_line.append((len(record.t), seconds))
+    run.progress.add(record, seconds)
+    since_line.append((len(record.losses), seconds))
     if record.step % run.options.log_every: return
     images, times = sum(n for n, _ in since_line), sum(took for _, took in since_line)
     since_line.clear()
