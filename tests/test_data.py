@@ -77,8 +77,8 @@ def offline(monkeypatch):
     (lambda file: file.write_bytes(HTML.ljust(1000)), "b is not the published file"),
     (lambda file: file.write_bytes(b""), "b has 0 bytes"),
     (lambda file: file.unlink(), "b is missing"),
-], ids=["whole", "truncated", "longer", "one byte altered", "HTML page", "HTML page of the right size", "empty",
-        "missing"])
+], ids=["whole", "truncated", "longer", "one byte altered", "HTML page", "HTML page of the right size",
+        "empty", "missing"])
 def test_check_raw_files(tmp_path, damage, message):
     "Whatever the damage is, the damaged file is named. Whole files pass."
     for name in "abc": (tmp_path/name).write_bytes(name.encode()*1000)
@@ -109,9 +109,9 @@ def test_missing_file_without_a_network(tmp_path, missing, offline):
     for name in RAW_FILES:
         if name != missing: (raw/name).write_bytes(b"mine")
     with pytest.raises(DataError) as caught: load_fashion_mnist(tmp_path)
-    said = str(caught.value)
-    assert all(name in said for name in RAW_FILES) and str(raw) in said
-    assert "github.com/zalandoresearch/fashion-mnist" in said and "DDPM_DATA_ROOT" in said
+    message = str(caught.value)
+    assert all(name in message for name in RAW_FILES) and str(raw) in message
+    assert "github.com/zalandoresearch/fashion-mnist" in message and "DDPM_DATA_ROOT" in message
     left = {file.name: file.read_bytes() for file in raw.iterdir()}
     assert left == {name: b"mine" for name in RAW_FILES if name != missing}
     assert [entry.name for entry in tmp_path.iterdir()] == ["FashionMNIST"]
@@ -443,8 +443,8 @@ def refused(folder, *words, **kwargs):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("junk", [".DS_Store", "._000.png", "Thumbs.db", "thumbs.DB", "desktop.ini", ".x/x.png",
-                                  "__MACOSX/._000.png", "__MACOSX/x.png", ".ipynb_checkpoints/000.png"])
+@pytest.mark.parametrize("junk", [".DS_Store", "._000.png", "Thumbs.db", "thumbs.DB", "desktop.ini",
+                                  ".x/x.png", "__MACOSX/._000.png", "__MACOSX/x.png", ".ipynb_checkpoints/000.png"])
 @pytest.mark.parametrize("classes", [("",), ("a", "b")])
 def test_what_systems_leave_behind_is_passed_over(tmp_path, junk, classes):
     "They are neither an error nor a class nor worth a message: at the top, and in the folder of a class."
@@ -751,7 +751,8 @@ def test_bad_folders(tmp_path):
     """
     images = random_images()
     for name, spoil in (("size", lambda file: Image.fromarray(images[0, :8]).save(file)),
-                        ("channels", lambda file: Image.fromarray(random_images(1, channels=3)[0]).save(file)),
+                        ("channels",
+                         lambda file: Image.fromarray(random_images(1, channels=3)[0]).save(file)),
                         ("page", lambda file: file.write_bytes(HTML)),
                         ("half", lambda file: file.write_bytes(file.read_bytes()[:60])),
                         ("nothing", lambda file: file.write_bytes(b""))):
@@ -835,7 +836,9 @@ def test_npz_of_other_people(tmp_path):
     assert said(load_images, path)[0] == [f"{path}: left out mu, sigma"]
 
 
-@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole)//2], lambda whole: HTML, lambda whole: b"",
+@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole)//2],
+                                    lambda whole: HTML,
+                                    lambda whole: b"",
                                     lambda whole: whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]],
                          ids=["half", "HTML page", "empty", "one byte altered"])
 def test_damaged_npz(tmp_path, damage):
