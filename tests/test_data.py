@@ -444,7 +444,8 @@ def refused(folder, *words, **kwargs):
 
 
 @pytest.mark.parametrize("junk", [".DS_Store", "._000.png", "Thumbs.db", "thumbs.DB", "desktop.ini",
-                                  ".x/x.png", "__MACOSX/._000.png", "__MACOSX/x.png", ".ipynb_checkpoints/000.png"])
+                                  ".x/x.png", "__MACOSX/._000.png", "__MACOSX/x.png",
+                                  ".ipynb_checkpoints/000.png"])
 @pytest.mark.parametrize("classes", [("",), ("a", "b")])
 def test_what_systems_leave_behind_is_passed_over(tmp_path, junk, classes):
     "They are neither an error nor a class nor worth a message: at the top, and in the folder of a class."
