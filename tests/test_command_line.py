@@ -157,13 +157,14 @@ def describe_kind(kind):
 # --- random command lines ---
 
 NASTY = st.sampled_from([
-    "", " ", "-", "--", "-1", "-0", "+3", "0", "1_0", "٣", "1e3", "1e400", "-1e400", "nan", "NaN", "-nan",
-    "inf", "-inf", "Infinity", "0x10", "1.5", "1,2", "None", "none", "null", "True", "false", "[]", "()",
-    "{}", "[1, 2]", "(1,2)", '{"lr": [1, {"a": 2}]}', "__import__('os').abort()", "%s", "%(prog)s", "{0}", "{prog}",
-    "$HOME", "~", "*", "@args", "@/etc/hostname", "a=b", "=", "==", "\\", "\n", "a\nb", "\t", "\x1b[31m",
-    "\x7f", "é", "日本", "🧥", "\u202e", "caf\udce9", "/", ".", "..", "a/../b.png", "x"*3000, "9"*30,
-    "-" + "9"*30, "9"*5000, "1" + "0"*15, str(2**50), str(2**63), str(2**64), "0."+"0"*400+"1", "/etc/passwd",
-    "a.png", "b.npz", "c.gif", "-h5", "--help=1", "[red]", "[/]", "[link=x]y[/link]"])
+    "", " ", "-", "--", "-1", "-0", "+3", "0", "1_0", "٣", "1e3", "1e400", "-1e400", "nan", "NaN",
+    "-nan", "inf", "-inf", "Infinity", "0x10", "1.5", "1,2", "None", "none", "null", "True", "false",
+    "[]", "()", "{}", "[1, 2]", "(1,2)", '{"lr": [1, {"a": 2}]}', "__import__('os').abort()", "%s",
+    "%(prog)s", "{0}", "{prog}", "$HOME", "~", "*", "@args", "@/etc/hostname", "a=b", "=", "==", "\\",
+    "\n", "a\nb", "\t", "\x1b[31m", "\x7f", "é", "日本", "🧥", "\u202e", "caf\udce9", "/", ".", "..",
+    "a/../b.png", "x"*3000, "9"*30, "-" + "9"*30, "9"*5000, "1" + "0"*15, str(2**50), str(2**63),
+    str(2**64), "0."+"0"*400+"1", "/etc/passwd", "a.png", "b.npz", "c.gif", "-h5", "--help=1", "[red]",
+    "[/]", "[link=x]y[/link]"])
 # Small, or far above what memory can hold: a command that does not check would build what lies between.
 NUMBERS = st.one_of(st.integers(-3, 1000), st.integers(10**15, 10**40), st.integers(-10**40, -10**15),
                     st.floats(allow_nan=True, allow_infinity=True)).map(str)
