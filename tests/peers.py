@@ -31,8 +31,10 @@ def randomised(model, seed=0):
 
 
 def double(ours):
-    """Our U-Net in float64. The waves of the time embedding are float32 by design (in diffusers too), so we
-    cast them."""
+    """Our U-Net in float64.
+
+    The waves of the time embedding are float32 by design (in diffusers too), so we cast them.
+    """
     def cast(layer, inputs): return (inputs[0].double(),)
     ours.time_embedding.linear_1.register_forward_pre_hook(cast)
     return ours.double()
@@ -104,8 +106,10 @@ def load(pairs):
 
 
 def diffusers_unet(ours: UNet) -> UNet2DModel:
-    """A U-Net of diffusers with the settings and the weights of ours. It has no feed-forward, no patches, no
-    odd sizes."""
+    """A U-Net of diffusers with the settings and the weights of ours.
+
+    It has no feed-forward, no patches, no odd sizes.
+    """
     config = ours.config
     assert not config.feed_forward and config.attention == "self"
     attends = [size in config.attention_resolutions for size in config.resolutions]
@@ -178,8 +182,7 @@ def take_step(step, x, temb):
 
 
 def mirrored_unet(ours: UNet):
-    """A function from x, t, labels to the prediction in float64: blocks of diffusers with our weights, wired
-    here.
+    """A function of x, t and labels that predicts in float64: blocks of diffusers with our weights.
 
     It has no feed-forward and no patches, and its sizes halve.
     """
@@ -220,8 +223,10 @@ def layers(sequence):
 
 
 def same_ends(ours, theirs):
-    """Pairs of layers that do the same, apart from the ways down and up. The first may be a state instead of
-    a layer."""
+    """Pairs of layers that do the same, apart from the ways down and up.
+
+    The first may be a state instead of a layer.
+    """
     yield ours.time_embedding.linear_1, theirs.time_embedding.linear_1
     yield ours.time_embedding.linear_2, theirs.time_embedding.linear_2
     if ours.class_embedding is not None: yield ours.class_embedding, theirs.class_embedding
@@ -242,15 +247,13 @@ def same_layers(ours, theirs):
 
 
 def steps(block, resizers):
-    """What a block of theirs does, in order: pairs (residual block, attention or None), and perhaps a change
-    of size."""
+    "The parts of a block of theirs: pairs (residual block, attention or None), perhaps a change of size."
     attentions = getattr(block, "attentions", [None]*len(block.resnets))
     return [*zip(block.resnets, attentions, strict=True), *(resizer.conv for resizer in resizers or [])]
 
 
 def our_steps(ours, part):
-    """The blocks and changes of size on the way down, in the middle or on the way up, in the order in which
-    they run."""
+    "The blocks and changes of size of a part (down, middle or up), in the order in which they run."
     kinds = (Block, Downsample, Upsample)
     return [layer for layer in getattr(ours, part).modules() if isinstance(layer, kinds)]
 

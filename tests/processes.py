@@ -32,8 +32,7 @@ def own_images(path, n=40):
     return path
 
 def tiny(data, folder, *args):
-    """A command line: a tiny network, a save at every second step, validation and samples at the end of each
-    epoch."""
+    "A command line: a tiny network that saves every two steps, and validates and samples after each epoch."
     return ["--config", "tiny", "--data", data, "--base_channels", 16, "--channel_multipliers", 1, 1,
             "--patch_size", 4, "--num_groups", 8, "--head_dim", 16, "--attention_resolutions",
             "--batch_size", 8, "--num_inference_steps", 2, "--device", "cpu", "--precision", "fp32",
@@ -52,8 +51,7 @@ def same_tensors(one, other):
 def newest(folder): return load_checkpoint(folder/"checkpoints"/"latest.pth")
 
 def assert_same(folder, other):
-    """Two runs have the same weights, averages and optimizer to the last bit, the same progress and the same
-    metrics."""
+    "Two runs have equal weights, averages and optimizer, to the last bit, and equal progress and metrics."
     one, two = newest(folder), newest(other)
     assert one["step"] == two["step"] and one["config"] == two["config"]
     assert same_tensors(one, two)
@@ -123,8 +121,10 @@ class Launcher:
         return process.wait(seconds), process.err
 
 def serve():
-    """Forks at each request, and answers with process ids and exit codes. In the forked process it returns
-    the request."""
+    """Forks at each request, and answers with process ids and exit codes.
+
+    In the forked process it returns the request.
+    """
     running, codes = set(), {}
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
@@ -153,8 +153,7 @@ def redirect(folder):
         os.dup2(file, number)
 
 def become(request):
-    """What a forked process does: it runs the command as typed, and then what the interpreter does at its
-    exit.
+    """Runs the command as typed in a forked process, and then does what the interpreter does at its exit.
 
     Only taking torch apart is left out, because that takes a second.
     """

@@ -30,16 +30,14 @@ def posterior(betas, t, prev_t):
 
 
 def best_guess(betas, t, mean, std):
-    """The best guess of x0 from x_t for pixels that are N(mean, std^2): offset and slope in `offset + slope
-    x_t`."""
+    "The best guess of x0 from x_t for N(mean, std^2) pixels: offset and slope in `offset + slope x_t`."
     a = alpha_bar(betas, t)
     slope = math.sqrt(a)*std**2/(a*std**2 + 1 - a)
     return mean*(1 - slope*math.sqrt(a)), slope
 
 
 def gaussian_denoiser(betas, prediction_type, mean, std):
-    """A model that knows the answer for pixels that are N(mean, std^2), for each of the three prediction
-    types."""
+    "A model that knows the answer for N(mean, std^2) pixels, for each of the three prediction types."
     def model(x, t):
         a = alpha_bar(betas, int(t[0]))
         offset, slope = best_guess(betas, int(t[0]), mean, std)
@@ -51,8 +49,7 @@ def gaussian_denoiser(betas, prediction_type, mean, std):
 
 
 def ancestral_moments(betas, pairs, variance_type, mean, std):
-    """Mean and variance of a pixel after each step of ancestral sampling with `gaussian_denoiser`, from N(0,
-    1)."""
+    "Mean and variance of a pixel after each ancestral step with `gaussian_denoiser`, from N(0, 1)."
     m, v, found = 0., 1., []
     for t, prev_t in pairs:
         offset, slope = best_guess(betas, t, mean, std)

@@ -44,8 +44,10 @@ def test_self_attention_against_pytorch(head_dim):
 
 
 def test_a_wrong_softmax_axis_is_noticed():
-    """Softmax over the queries instead of the keys still trains and draws. The comparison above must notice
-    it."""
+    """Softmax over the queries instead of the keys still trains and draws.
+
+    The comparison above must notice it.
+    """
     class WrongAxis(SelfAttention):
         def attend(self, q, k, v):
             return (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(dim=-2) @ v

@@ -1,5 +1,4 @@
-"""tools/bench.py with --quick: every contestant takes part in every race, and the report follows from the
-measurements."""
+"tools/bench.py with --quick: every contestant is in every race, and the report follows from the data."
 import json
 import subprocess
 import sys
@@ -24,8 +23,7 @@ def bench(monkeypatch):
     return bench
 
 def test_quick(tmp_path):
-    """On the bundled images, without a network: a row for each contestant, ratios that follow from the
-    speeds, and the same numbers in the table."""
+    "The bundled images, no network: a row for each contestant, right ratios, the same numbers in the table."
     command = [sys.executable, SCRIPT, "--quick", "--output_dir", tmp_path/"out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -54,8 +52,10 @@ def test_quick(tmp_path):
             if what == "training": assert row["flops"] > 2*row["parameters"] and row["memory_mib"] >= 0
 
 def test_ratios_are_of_medians(bench):
-    """Known speeds of three rounds: the variant with the higher median counts. A single fast round changes
-    nothing."""
+    """Known speeds of three rounds: the variant with the higher median counts.
+
+    A single fast round changes nothing.
+    """
     speeds = {("ours", "fp32"): [1, 900, 2], ("ours", "bf16"): [30, 20, 40], ("theirs", "fp32"): [10, 5, 12]}
     ours, theirs = bench.rows_of(speeds, what="test")
     assert (ours["variant"], ours["images_per_second"], ours["others"]) == ("bf16", 30, {"fp32": 2})

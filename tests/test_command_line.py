@@ -1,7 +1,6 @@
-"""Whatever a user types after a command, it runs if the options can work. If not, it ends with exit code 2
-and a message.
+"""Whatever a user types after a command, it runs if the options can work.
 
-There is never a traceback, and never a file.
+If not, it ends with exit code 2 and a message. There is never a traceback, and never a file.
 """
 import collections
 import contextlib

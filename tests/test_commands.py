@@ -325,8 +325,10 @@ def test_a_run_begun_before_there_were_fingerprints_goes_on(tmp_path, capsys):
     assert "does not know" not in capsys.readouterr().out
 
 def test_the_classes_of_a_run_stay(tmp_path, capsys):
-    """A run without classes continues without classes, and is refused with them. The same holds the other way
-    round."""
+    """A run without classes continues without classes, and is refused with them.
+
+    The same holds the other way round.
+    """
     own = own_images(tmp_path/"own.npz")
     assert trained(tmp_path, own, "--max_steps", "1", "--num_classes", "0") == 0
     assert trained(tmp_path, own, "--max_steps", "2", "--resume") == 2
@@ -418,8 +420,10 @@ print(most() - before)"""
 @pytest.mark.parametrize("flag, clipped", [("--no-clip_sample", False), ("--no-clip-sample", False),
                                            ("--clip_sample", True)])
 def test_clip_sample_is_spelled_alike(run, tmp_path, flag, clipped, capsys):
-    """The commands that train and draw spell it in the same way. `--clip_sample False`, as in 0.4, still
-    works."""
+    """The commands that train and draw spell it in the same way.
+
+    `--clip_sample False`, as in 0.4, still works.
+    """
     assert command(train, "--config", "tiny", *SHORT, flag, "--output_dir", tmp_path/"run") == 0
     config = load_checkpoint(tmp_path/"run/checkpoints/latest.pth")["config"]
     assert config.sampling.clip_sample == clipped
@@ -476,8 +480,10 @@ def test_settings_of_sampling_that_stand_flat(run, tmp_path):
         with pytest.raises(ConfigError): config_from_dict(flat | change)
 
 def test_differences_are_of_fields_and_not_of_places():
-    """Two configurations may have different fields, or another order. Each field is compared with its
-    namesake."""
+    """Two configurations may have different fields, or another order.
+
+    Each field is compared with its namesake.
+    """
     @dataclass(frozen=True)
     class Older:
         guidance_scale: float=3.

@@ -1,5 +1,4 @@
-"""The data: damaged files, the user's own images, the range of the pixels, and the real Fashion-MNIST if it
-is there."""
+"The data: damaged files, the user's own images, the range of the pixels, and the real Fashion-MNIST."
 import hashlib
 import os
 import re
@@ -103,8 +102,10 @@ def test_loading_checks_the_files_first(tmp_path, split, offline):
 
 @pytest.mark.parametrize("missing", RAW_FILES)
 def test_missing_file_without_a_network(tmp_path, missing, offline):
-    """The error names the files, the folder and their source. The existing files stay, and no half download
-    is left."""
+    """The error names the files, the folder and their source.
+
+    The existing files stay, and no half download is left.
+    """
     raw = raw_folder(tmp_path)
     for name in RAW_FILES:
         if name != missing: (raw/name).write_bytes(b"mine")
@@ -129,8 +130,10 @@ def test_bad_download_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_default_root(monkeypatch, tmp_path, offline):
-    """`DDPM_DATA_ROOT`, or `data` if it is unset or empty. Loading looks there unless it is called with a
-    path."""
+    """`DDPM_DATA_ROOT`, or `data` if it is unset or empty.
+
+    Loading looks there unless it is called with a path.
+    """
     monkeypatch.delenv("DDPM_DATA_ROOT", raising=False)
     assert default_data_root() == Path("data")
     monkeypatch.setenv("DDPM_DATA_ROOT", "")
@@ -190,8 +193,10 @@ def test_real_fashion_mnist():
 
 @needs_the_real_images
 def test_validation_and_test_are_the_published_test_images():
-    """The validation images are the first 2,000, the test images the rest. What chooses the weights does not
-    judge them."""
+    """The validation images are the first 2,000, the test images the rest.
+
+    What chooses the weights does not judge them.
+    """
     splits = ("published_test", "validation", "test")
     published, validation, test = (load_fashion_mnist(split=split) for split in splits)
     assert (len(validation), len(test)) == (2000, 8000)
@@ -231,8 +236,10 @@ def test_pixel_range():
 
 
 def test_batches():
-    """Each image once, with its own label, in an order that depends on the generator. `start` continues
-    within the epoch."""
+    """Each image once, with its own label, in an order that depends on the generator.
+
+    `start` continues within the epoch.
+    """
     data = indexed(50)
     def run(seed, **kwargs):
         return list(batches(data, 20, generator=torch.Generator().manual_seed(seed), **kwargs))
@@ -248,10 +255,9 @@ def test_batches():
 
 
 def test_hold_out():
-    """No image is in both parts, and none is lost. They are always the same images, but not simply the first
-    ones.
+    """No image is in both parts, and none is lost.
 
-    Labels go with their images.
+    They are always the same images, but not simply the first ones. Labels go with their images.
     """
     data = indexed(60)
     rest, held = hold_out(data, 15)
@@ -276,8 +282,10 @@ def few(*counts, classes=None):
 
 @pytest.mark.parametrize("counts, n", [((1, 30), 29), ((2, 2, 2), 3), ((1, 1, 1, 5), 4), ((3, 40), 41)])
 def test_holding_out_leaves_each_class_an_image(counts, n):
-    """The last image of a class is not held out. The next one in the order is held out instead, and none is
-    lost."""
+    """The last image of a class is not held out.
+
+    The next one in the order is held out instead, and none is lost.
+    """
     data = few(*counts)
     rest, held = hold_out(data, n)
     assert len(held) == n and rest.labels.bincount(minlength=len(counts)).min() >= 1
@@ -344,8 +352,10 @@ def test_fingerprint(tmp_path):
 
 
 def test_fingerprints_of_many_images_are_quick():
-    """All of Fashion-MNIST takes half a second at most, or the start of a run would be delayed. The best of
-    three counts."""
+    """All of Fashion-MNIST takes half a second at most, or the start of a run would be delayed.
+
+    The best of three counts.
+    """
     images = torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8)
     labels = torch.zeros(60_000, dtype=torch.int64)
     def seconds():
@@ -356,8 +366,10 @@ def test_fingerprints_of_many_images_are_quick():
 
 
 def test_load_data(tmp_path):
-    """The bundled sample is loaded by its name, the user's own images by their path. A tenth of these is held
-    out."""
+    """The bundled sample is loaded by its name, the user's own images by their path.
+
+    A tenth of these is held out.
+    """
     train, validation = load_data("sample")
     assert (len(train), len(validation)) == (1000, 200)
     path = save_npz(tmp_path/"own.npz", images=random_images(40))
@@ -414,8 +426,10 @@ def test_full_or_tiny(monkeypatch):
 @pytest.mark.parametrize("channels", [None, 3])
 @pytest.mark.parametrize("ending", ["png", "BMP"])
 def test_folder(tmp_path, channels, ending):
-    """Grey stays grey and colour stays colour, pixel for pixel. Sub-folders are the classes, in alphabetical
-    order."""
+    """Grey stays grey and colour stays colour, pixel for pixel.
+
+    Sub-folders are the classes, in alphabetical order.
+    """
     images = random_images(channels=channels)
     flat = load_images(save_folder(tmp_path/"flat", images, ending=ending))
     assert torch.equal(flat.images, as_tensor(images)) and flat.classes == () and not flat.labels.any()
@@ -464,8 +478,10 @@ def write_words(folder, *names):
 
 
 def test_what_is_left_out_is_counted_in_one_line(tmp_path):
-    """Files that are not images, and beside loose images also folders without any. If there are none, there
-    is no message."""
+    """Files that are not images, and beside loose images also folders without any.
+
+    If there are none, there is no message.
+    """
     photos = save_folder(tmp_path/"photos", random_images())
     classes = save_folder(tmp_path/"sorted", random_images(), ("a", "b"))
     assert said(load_images, photos)[0] == []
@@ -512,8 +528,10 @@ def test_links_that_lead_nowhere(tmp_path, place, classes):
 
 
 def test_links_to_folders_are_followed(tmp_path):
-    """They count as the folder that they lead to. One that leads back to its own folder gives an error of one
-    line."""
+    """They count as the folder that they lead to.
+
+    One that leads back to its own folder gives an error of one line.
+    """
     images = random_images()
     real = save_folder(tmp_path/"real", images)
     (tmp_path/"sorted").mkdir()
@@ -547,8 +565,10 @@ def test_only_no_images(tmp_path):
 
 
 def test_every_kind_of_picture_counts(tmp_path):
-    """Every kind that Pillow calls a picture, in small letters or capitals. Films, papers and data do not
-    count."""
+    """Every kind that Pillow calls a picture, in small letters or capitals.
+
+    Films, papers and data do not count.
+    """
     images, endings = random_images(6), ("PNG", "TIF", "pgm", "png", "tga", "tiff")      # in sorted order
     for image, ending in zip(images, endings): Image.fromarray(image).save(tmp_path/f"{ending}.{ending}")
     write_words(tmp_path, "x.h5", "x.mpg", "x.ps", "x.wmf")
@@ -618,8 +638,10 @@ def grey_palette(array):
 
 @pytest.mark.parametrize("ending", ["gif", "png"])
 def test_palettes(tmp_path, ending):
-    """A palette only stores the same colours in another way. Its greys are grey among grey images, colours
-    among colours."""
+    """A palette only stores the same colours in another way.
+
+    Its greys are grey among grey images, colours among colours.
+    """
     grey, colour = random_images(2), Image.fromarray(random_images(1, channels=3)[0]).quantize(16)
     beside = {"palette": grey_palette(grey[1]), "grey": Image.fromarray(grey[1]), "colour": colour}
     for name, image in beside.items():
@@ -648,8 +670,10 @@ def with_alpha(mode, through):
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "RGBA"])
 def test_transparency_is_treated_alike_in_all_modes(tmp_path, mode):
-    """If every pixel is opaque, nothing is lost without transparency. If not, the user has to choose a
-    background."""
+    """If every pixel is opaque, nothing is lost without transparency.
+
+    If not, the user has to choose a background.
+    """
     image, options, pixels = with_alpha(mode, through=False)
     assert image.mode == mode
     messages, data = said(load_images, save(tmp_path/"opaque"/"a.png", image, **options))
@@ -661,8 +685,10 @@ def test_transparency_is_treated_alike_in_all_modes(tmp_path, mode):
 
 @pytest.mark.parametrize("mode, ending", [("I;16", "png"), ("CMYK", "tif"), ("F", "tif")])
 def test_pixels_that_would_lose_something_are_refused(tmp_path, mode, ending):
-    """16-bit grey would be cut off at 255, and ink is not light. The error names the file and what to save
-    instead."""
+    """16-bit grey would be cut off at 255, and ink is not light.
+
+    The error names the file and what to save instead.
+    """
     folder = save(tmp_path/"a"/f"deep.{ending}", Image.new(mode, (9, 11)))
     refused(folder, f"deep.{ending} has pixels of Pillow's kind {mode!r}", "8-bit grey or colour")
 
@@ -815,8 +841,10 @@ BAD = {
 
 @pytest.mark.parametrize("arrays, message", BAD.values(), ids=BAD)
 def test_bad_npz(tmp_path, arrays, message):
-    """The message names the file, what is wrong with it and what to save instead. A pickle inside is not
-    opened."""
+    """The message names the file, what is wrong with it and what to save instead.
+
+    A pickle inside is not opened.
+    """
     images = {} if {"images", "pictures"} & arrays.keys() or not arrays else dict(images=random_images())
     path = save_npz(tmp_path/"bad.npz", **images, **arrays)
     with pytest.raises(DataError, match=message) as caught: load_images(path)

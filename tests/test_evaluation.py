@@ -151,8 +151,7 @@ def test_another_classifier_is_refused(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="not the published classifier"): load_classifier()
 
 def test_train_classifier_learns_and_repeats():
-    """Three epochs over 1,000 images: far better than guessing, the same every time, the global generator
-    untouched."""
+    "Three epochs: far better than guessing, the same every time, the global generator untouched."
     data, test, before = load_sample("train"), load_sample("test"), torch.get_rng_state()
     one, other = train_classifier(data, epochs=3), train_classifier(data, epochs=3)
     assert torch.equal(torch.get_rng_state(), before) and not one.training
@@ -201,8 +200,7 @@ REAL = ("--data", "sample", "--device", "cpu")
 QUICK = (*REAL, "--num_samples", 20, "--num_inference_steps", 2)
 
 def test_evaluate_the_shipped_model(tmp_path, monkeypatch, capsys):
-    """Without any checkpoint: samples and real images are measured, and the result is printed and stored in a
-    file."""
+    "Without a checkpoint: samples and real images are measured, and the result is printed and stored."
     monkeypatch.chdir(tmp_path)
     assert command(*QUICK) == 0
     result = json.loads((tmp_path/"outputs"/"small"/"evaluation.json").read_text())
@@ -264,8 +262,10 @@ def test_too_few_real_images_is_said_before_anything_is_drawn(tmp_path, monkeypa
 # --- two settings ---
 
 def test_paired_difference_is_the_paired_t_test():
-    """Mean and error give scipy's t. A shift that all seeds share changes neither. What is no set of pairs is
-    refused."""
+    """Mean and error give scipy's t.
+
+    A shift that all seeds share changes neither. What is no set of pairs is refused.
+    """
     one, other = points(7, 2).T.double().unbind()
     for n in (2, 7):
         mean, error = paired_difference(one[:n].tolist(), other[:n].tolist())
@@ -299,8 +299,10 @@ def save_real_images(path):
     with path.open("wb") as file: np.savez(file, arr_0=pixels)
 
 def test_samples_are_measured_as_they_are(tmp_path):
-    """Options that decide how to draw would have no effect, so they are refused. The result is stored beside
-    the samples."""
+    """Options that decide how to draw would have no effect, so they are refused.
+
+    The result is stored beside the samples.
+    """
     save_real_images(tmp_path/"real.npz")
     for unused in (("--guidance_scale", 3), ("--checkpoint", tmp_path/"a.pth"), ("--method", "ddim")):
         assert command(*REAL, "--samples", tmp_path/"real.npz", *unused) == 2
@@ -350,8 +352,7 @@ def test_look_at_follows_the_classifier():
 # --- tools/results.py ---
 
 def test_results_in_quick_form(tmp_path):
-    """Every setting and the real images are measured for each seed, and `ddpm_evaluate` finds the same
-    figures.
+    """Every setting and the real images for each seed, with the same figures as `ddpm_evaluate`.
 
     Copies are found, mirrored ones are not. A second call draws nothing.
     """

@@ -60,8 +60,10 @@ def exercise_headings(path):
 @pytest.mark.parametrize("path", [path for path in LESSONS if not path.name.startswith("90")],
                          ids=lambda path: path.stem)
 def test_exercises_are_of_several_kinds(path):
-    """Each exercise says whether it is a prediction, a derivation or an experiment. No lesson has only one
-    kind."""
+    """Each exercise says whether it is a prediction, a derivation or an experiment.
+
+    No lesson has only one kind.
+    """
     headings = exercise_headings(path)
     kinds = [re.match(r"(Predict|Derive|Experiment): \S", words) for _, words in headings]
     assert all(kinds), [words for (_, words), kind in zip(headings, kinds) if not kind]

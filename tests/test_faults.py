@@ -39,8 +39,10 @@ def whole(launcher, data, tmp_path_factory):
     return folder
 
 def send(process, number, group):
-    """Sends a signal to the process, or to all of its group. Then the process may continue, if it still wants
-    to."""
+    """Sends a signal to the process, or to all of its group.
+
+    Then the process may continue, if it still wants to.
+    """
     if group: os.killpg(process.pid, number)
     else: os.kill(process.pid, number)
     process.go()
@@ -245,8 +247,7 @@ def test_after_a_kill_before_the_first_checkpoint(launcher, data, whole, tmp_pat
     assert_same(tmp_path/"run", whole)
 
 def test_killed_between_the_line_of_an_epoch_and_its_save(launcher, data, whole, tmp_path):
-    """A run is stopped in a validation, resumed, and killed after its line is written but before its
-    checkpoint is.
+    """A run is stopped in a validation, resumed, and killed between its line and its checkpoint.
 
     In the end the line is there once.
     """
@@ -263,8 +264,7 @@ def test_killed_between_the_line_of_an_epoch_and_its_save(launcher, data, whole,
     assert_same(tmp_path/"run", whole)
 
 def test_killed_between_the_names_of_a_save(launcher, data, whole, tmp_path):
-    """The checkpoint of an epoch is written, but not yet named the best, or named the best but not yet the
-    latest.
+    """The checkpoint of an epoch is written, but not yet called the best, or not yet the latest.
 
     The resumed run leaves the same best model.
     """
@@ -585,8 +585,10 @@ def test_sighup_twice(launcher, data, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_as_typed(data, tmp_path, number):
-    """`python -m ddpm_tutorial.run.train` in its own process group, without any trick. The signal comes after
-    some steps."""
+    """`python -m ddpm_tutorial.run.train` in its own process group, without any trick.
+
+    The signal comes after some steps.
+    """
     command = typed(data, tmp_path/"run", "--epochs", 100_000)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)

@@ -1,5 +1,7 @@
-"""The house rules: who may import from whom, one place for each symbol, light imports. The tests read files
-only."""
+"""The house rules: who may import from whom, one place for each symbol, light imports.
+
+The tests read files only.
+"""
 import ast
 import importlib.util
 import json
@@ -40,16 +42,20 @@ def lesson_numbers():
 
 
 def points_upward(module, other, numbers):
-    """Whether a module may not import another. Only `run` imports from `run`; otherwise only lower numbers
-    are allowed."""
+    """Whether a module may not import another.
+
+    Only `run` imports from `run`; otherwise only lower numbers are allowed.
+    """
     in_run, other_in_run = module.startswith("run."), other.startswith("run.")
     if in_run != other_in_run: return other_in_run
     return numbers[other] >= numbers[module]
 
 
 def imports(path):
-    """(dotted name, line, whether inside a function) of everything that a module imports. Relative names are
-    made absolute."""
+    """(dotted name, line, whether inside a function) of everything that a module imports.
+
+    Relative names are made absolute.
+    """
     def visit(node, inside):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno, inside) for alias in node.names)
@@ -75,8 +81,10 @@ def defined_names(node):
 
 
 def definitions(path):
-    """(name, place) of every public symbol of a module. The place is the notebook and cell that nbdev wrote
-    above it."""
+    """(name, place) of every public symbol of a module.
+
+    The place is the notebook and cell that nbdev wrote above it.
+    """
     text = path.read_text(encoding="utf-8")
     cells = [(number, line[5:]) for number, line in enumerate(text.splitlines(), 1)
              if re.match(r"# %% .*\.ipynb", line)]
@@ -186,8 +194,7 @@ def test_each_fault_has_its_tests():
 
 
 def test_each_question_is_answered_where_it_says():
-    """Lesson 95: every section that it names is a heading of the lesson that it links to, and every test
-    exists."""
+    "Lesson 95: every section that it names is a heading of that lesson, and every test exists."
     rows = [line for line in prose("95_questions.ipynb") if line.startswith("**")]
     places = [re.findall(r"\((\d\d[a-z]?_\w+\.ipynb)\),((?: (?:and )?\*[^*]+\*)+)", row) for row in rows]
     assert len(rows) >= 20 and all(places) and sum(map(bool, named_tests(rows))) >= 15

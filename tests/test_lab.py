@@ -86,8 +86,7 @@ RUN_ALL = """async () => {
 }"""
 
 def run_all(page, address, name):
-    """Opens a notebook, gives the command Run All Cells, waits for its end, and returns the errors that it
-    shows."""
+    "Opens a notebook, runs all cells by the menu's command, and returns the errors that it shows."
     page.goto(f"{address}/lab/tree/nbs/{name}?reset", wait_until="domcontentloaded")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     cells = page.evaluate(RUN_ALL)

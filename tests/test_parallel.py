@@ -38,8 +38,7 @@ def alone(launcher, data, tmp_path_factory):
     return folder
 
 def start_together(launcher, size, args, before=("",)*9):
-    """What torchrun does, without the seconds that it takes: starts several processes and tells each who it
-    is."""
+    "Starts several processes and tells each who it is, like torchrun, but without the seconds that it takes."
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -121,8 +120,10 @@ def test_the_gradient_is_that_of_the_whole_batch(launcher, size):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_are_one(launcher, data, alone, tmp_path, size):
-    """Losses, weights and files are those of one process. (3 does not divide 8, and the last batch has 4
-    images.)"""
+    """Losses, weights and files are those of one process.
+
+    (3 does not divide 8, and the last batch has 4 images.)
+    """
     run_together(launcher, size, tiny(data, tmp_path/"run", "--epochs", 2))
     assert_close(tmp_path/"run", alone)
     assert [line["processes"] for line in read_metrics(tmp_path/"run") if "started" in line] == [size]
@@ -201,8 +202,10 @@ def until_saves_may_go_on():
 """
 
 def torchrun(data, folder):
-    """The real torchrun, for a long run, as the leader of its own process group. It has already taken some
-    steps."""
+    """The real torchrun, for a long run, as the leader of its own process group.
+
+    It has already taken some steps.
+    """
     args = ["--epochs", 100_000, "--save_every", 1000, "--sample_every", 1000]
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                "-m", "ddpm_tutorial.run.train", *tiny(data, folder, *args)]

@@ -120,8 +120,7 @@ train.ddpm_train()
 """
 
 def test_a_run_on_a_full_disk_goes_on(tmp_path):
-    """The disk is full from step 3 to 6: two saves warn, the run ends well, and no line of the metrics is
-    missing."""
+    "The disk is full from step 3 to 6: two saves warn, the run ends well, and the metrics are complete."
     done = python(FULL, tmp_path/"run", 3, 7)
     assert done.returncode == 0, done.stderr
     warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
@@ -237,8 +236,10 @@ def altered(checkpoint, **changes):
     return checkpoint.with_name("altered.pth")
 
 def test_another_format_is_no_damage(checkpoint):
-    """The error names a newer or older version. `load_latest` does not quietly take an older checkpoint
-    instead."""
+    """The error names a newer or older version.
+
+    `load_latest` does not quietly take an older checkpoint instead.
+    """
     for number, says in ((99, "newer version"), (1, "older version")):
         path = altered(checkpoint, format=number)
         with pytest.raises(CheckpointError, match=says) as raised: load_checkpoint(path)

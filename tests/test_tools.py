@@ -1,5 +1,4 @@
-"""The scripts that measure for hours, with --quick: they run, continue where they ended, and write what they
-found."""
+"The scripts that measure for hours, with --quick: they run, continue, and write what they found."
 import json
 import subprocess
 import sys
@@ -13,8 +12,10 @@ def run(script, *options, cwd):
     return done.stdout
 
 def test_sampling_quality(tmp_path):
-    """Every method and the real images. A second call draws nothing again, and other settings need another
-    file."""
+    """Every method and the real images.
+
+    A second call draws nothing again, and other settings need another file.
+    """
     command = ["sampling_quality.py", "--quick", "--seeds", "1", "--output", "found.json"]
     said = run(*command, cwd=tmp_path)
     result = json.loads((tmp_path/"found.json").read_text())
@@ -31,8 +32,10 @@ def test_sampling_quality(tmp_path):
     assert other.returncode == 1 and "other settings" in other.stderr
 
 def test_ablation(tmp_path):
-    """Each variant differs from the recipe by the options that it names. The raw weights are those of the
-    recipe's run."""
+    """Each variant differs from the recipe by the options that it names.
+
+    The raw weights are those of the recipe's run.
+    """
     said = run("ablation.py", "--quick", cwd=tmp_path)
     folder = tmp_path/"outputs"/"ablation"
     recipe, batches, raw = json.loads((folder/"ablation.json").read_text())["rows"]

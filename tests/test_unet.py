@@ -163,8 +163,10 @@ def record_sizes(model, part):
 
 @pytest.mark.parametrize("name", ODD)
 def test_every_resolution_is_reached(name):
-    """The maps have the right sizes on the way down and up in the running model. The output has the size of
-    the input."""
+    """The maps have the right sizes on the way down and up in the running model.
+
+    The output has the size of the input.
+    """
     config = ODD[name]
     model = randomised(UNet(config))
     down, up = record_sizes(model, "down"), record_sizes(model, "up")
@@ -314,8 +316,10 @@ def old_way_up(config):
 
 
 def old_names(config):
-    """The names of the weights in version 0.7, in the order of its `parameters()`. Its optimizer counts them
-    in this order."""
+    """The names of the weights in version 0.7, in the order of its `parameters()`.
+
+    Its optimizer counts them in this order.
+    """
     yield from both("time_embedding.linear_1", "time_embedding.linear_2")
     if config.num_classes: yield "class_embedding.weight"
     yield from both("conv_in")

@@ -82,8 +82,10 @@ def test_online(server, tmp_path):
     assert sent == [1, 2, 3, 4, 5, 6] and complete(folder)
 
 def test_the_variables_of_wandb_overrule(server, tmp_path):
-    """`WANDB_PROJECT`, `WANDB_NAME`, `WANDB_RUN_ID` and `WANDB_DIR`. A `~` in the last becomes the home
-    folder."""
+    """`WANDB_PROJECT`, `WANDB_NAME`, `WANDB_RUN_ID` and `WANDB_DIR`.
+
+    A `~` in the last becomes the home folder.
+    """
     process, _, _ = run(tmp_path/"run", WANDB_PROJECT="mine", WANDB_NAME="night", WANDB_RUN_ID="abc123",
                         WANDB_DIR="~/tracked", **server.environment)
     assert process.returncode == 0 and not warned(process), process.err
@@ -153,8 +155,7 @@ def test_disabled(tmp_path):
     assert not list((tmp_path/"run").rglob("*.wandb")) and complete(tmp_path/"run")
 
 def test_the_lesson_says_how_to_use_the_compose_file():
-    """`docker-compose.yml` puts W&B's own server on port 8080, and lesson 12 shows the two lines that it
-    names."""
+    "`docker-compose.yml` puts W&B's server on port 8080, and lesson 12 shows the two lines that it names."
     root = Path(__file__).parent.parent
     compose, lesson = (root/"docker-compose.yml").read_text(), (root/"nbs"/"12_tracking.ipynb").read_text()
     commands = [line.removeprefix("#").strip() for line in compose.splitlines() if line.startswith("#   ")]

@@ -21,7 +21,7 @@ VARIANTS = {
     "predicts the noise": "--prediction_type epsilon",
     "linear schedule of 1,000 steps": "--schedule linear --num_steps 1000",
     "one more block up on each level": "--no-mirrored",
-    "a group of each norm for each channel": "--num_groups 32",    # on the first level; usually it is 32
+    "a group of each norm for each channel": "--num_groups 32",    # on the first level; 32 groups are usual
     "attention at 14x14 as well": "--attention_resolutions 14",
     "fp32": "--precision fp32",
 }

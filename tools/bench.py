@@ -74,8 +74,7 @@ def build(contestant, precision, device, compiled=False):
     return model.to(device), call
 
 def our_steps(model, call, precision, batch, data):
-    """The training loop of the course with everything in it: dropped labels, gradient clipping, checks,
-    averaged weights."""
+    "The training loop of the course with everything: dropped labels, clipping, checks, averaged weights."
     config = replace(SMALL.train, batch_size=batch, epochs=10**6, max_steps=None)
     steps = train_steps(new_state(model, config), data, SMALL.scheduler.build(), config, precision)
     for step in steps: yield len(step.losses)
@@ -227,8 +226,7 @@ def memory(contestant, precision, batch, device):
     return memory_mib() - before
 
 def measure_memory(tasks):
-    """Each network in its own process, forked from one that has only imported: no other contestant's peak
-    hides its own."""
+    "Each network gets a fresh process that has only imported: no other contestant's peak hides its own."
     context = multiprocessing.get_context("forkserver")
     preload = ["diffusers.models.unets.unet_2d", "denoising_diffusion_pytorch", "ddpm_tutorial.run.config"]
     context.set_forkserver_preload(preload)
@@ -236,8 +234,7 @@ def measure_memory(tasks):
     return dict(zip([task[:2] for task in tasks], used))
 
 def race_networks(what, mode, batch, make, run, device, keys):
-    """Races networks and, in between, matrix products: how much of the machine's own speed does each network
-    reach?"""
+    "Races networks and matrix products: how much of the machine's speed does each network reach?"
     works = {key: make(*key, batch, device, compiled=mode == "compiled") for key in keys}
     speeds = run(works | {("matmul", precision): matmul(precision, device) for precision in PRECISIONS})
     peak = {precision: statistics.median(speeds.pop(("matmul", precision))) for precision in PRECISIONS}

@@ -48,8 +48,7 @@ def measure_wandb(folder, config, line):
     return took, sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])/1000
 
 def measure(folder, config, state, record, precision, total, log_every):
-    """Seconds for one call of each kind of work, in the order of the table, and the size of a checkpoint in
-    MiB."""
+    "Seconds for one call of each kind of work, in the table's order, and a checkpoint's size in MiB."
     for part in ("checkpoints", "samples"): (folder/part).mkdir()
     (folder/"config.json").write_text("{}")
     progress = Progress(precision, 60_000)
