@@ -1,4 +1,7 @@
-"""Starts the package's commands as real processes, to be hit by signals and limits. Each is a fork of one that has imported torch."""
+"""Starts the package's commands as real processes that tests can hit with signals and limits.
+
+Each process is forked from one that has imported torch already.
+"""
 import atexit
 import gc
 import json
@@ -20,47 +23,52 @@ import ddpm_tutorial
 from ddpm_tutorial.run.checkpoint import load_checkpoint, iter_tensors
 from ddpm_tutorial.run.tracking import read_metrics
 
-TIMES = {"seconds", "images_per_second", "memory_mib"} # what differs between two equal runs
+TIMES = {"seconds", "images_per_second", "memory_mib"} # these differ between two equal runs
 
 def own_images(path, n=40):
     "An .npz of noise: 36 images to train on, five batches of eight."
-    np.savez(path, images=np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8), labels=np.arange(n) % 10)
+    images = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(n) % 10)
     return path
 
 def tiny(data, folder, *args):
-    "A command line: a dwarf of a network; a save at every second step, and at the end of an epoch validation and samples."
-    return ["--config", "tiny", "--data", data, "--base_channels", 16, "--channel_multipliers", 1, 1, "--patch_size", 4, "--num_groups", 8,
-            "--head_dim", 16, "--attention_resolutions", "--batch_size", 8, "--num_inference_steps", 2, "--device", "cpu", "--precision", "fp32",
-            "--no-wandb", "--log_every", 1, "--save_every", 2, "--sample_every", 1, "--output_dir", folder, *args]
+    "A command line: a tiny network that saves every two steps, and validates and samples after each epoch."
+    return ["--config", "tiny", "--data", data, "--base_channels", 16, "--channel_multipliers", 1, 1,
+            "--patch_size", 4, "--num_groups", 8, "--head_dim", 16, "--attention_resolutions",
+            "--batch_size", 8, "--num_inference_steps", 2, "--device", "cpu", "--precision", "fp32",
+            "--no-wandb", "--log_every", 1, "--save_every", 2, "--sample_every", 1,
+            "--output_dir", folder, *args]
 
 def lines(folder):
-    "What a run has written down, without times and starts."
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(folder) if "started" not in line]
+    "The metrics that a run has written, without times, and without the lines that note a start."
+    return [{name: value for name, value in line.items() if name not in TIMES}
+            for line in read_metrics(folder) if "started" not in line]
 
 def same_tensors(one, other):
-    "All tensors in both, to the last bit."
+    "All tensors are the same in both, to the last bit."
     return all(torch.equal(a, b) for a, b in zip(iter_tensors(one), iter_tensors(other), strict=True))
 
 def newest(folder): return load_checkpoint(folder/"checkpoints"/"latest.pth")
 
 def assert_same(folder, other):
-    "Weights, averages and optimizer to the last bit, progress, and each line of the metrics."
+    "Two runs have equal weights, averages and optimizer, to the last bit, and equal progress and metrics."
     one, two = newest(folder), newest(other)
     assert one["step"] == two["step"] and one["config"] == two["config"]
     assert same_tensors(one, two)
-    assert {**one["progress"], "seconds": 0} == {**two["progress"], "seconds": 0} and lines(folder) == lines(other)
+    assert {**one["progress"], "seconds": 0} == {**two["progress"], "seconds": 0}
+    assert lines(folder) == lines(other)
 
 def until(condition, seconds=60):
-    "Waits for what must come."
+    "Waits until the condition holds. Fails if it does not within these seconds."
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end, "what the test waits for did not come"
+        assert time.monotonic() < end, "what the test waits for did not happen"
         time.sleep(0.01)
     return found
 
 @dataclass
 class Process:
-    "A command that runs, as the leader of a group of its own."
+    "A command that runs, as the leader of its own process group."
     pid: int
     folder: Path # for what it prints, and for the files of `pause`
     launcher: "Launcher"
@@ -69,27 +77,30 @@ class Process:
     def err(self): return (self.folder/"err").read_text()
 
     def waits(self):
-        "Until it is where `pause` holds it."
+        "Waits until the process stops where `pause` holds it."
         until(lambda: (self.folder/"waits").exists() or self.wait(0) is not None)
-        assert (self.folder/"waits").exists(), f"it ended before: {self.err}"
+        assert (self.folder/"waits").exists(), f"it ended before it was held: {self.err}"
 
     def go(self): (self.folder/"go").touch()
 
-    def wait(self, seconds=60): # its exit code; negative: the signal that ended it; None: it has not ended
+    def wait(self, seconds=60):
+        "Its exit code. A negative one is the signal that ended it. None: it has not ended."
         return self.launcher.ask({"wait": self.pid, "seconds": seconds})
 
 class Launcher:
-    "`with Launcher(folder) as launcher:` ends what still runs."
+    "Use it as `with Launcher(folder) as launcher:`. At its end it kills every process that still runs."
     def __init__(self, folder): self.folder, self.count = folder, 0
 
     def __enter__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-                                       start_new_session=True) # Ctrl-C is for pytest
+        path = os.pathsep.join(filter(None, sys.path))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment, start_new_session=True) # Ctrl-C is for pytest
         return self
 
     def __exit__(self, *_):
-        self.server.stdin.close() # it kills what it has started
+        self.server.stdin.close() # then it kills what it has started
         self.server.wait(20)
 
     def ask(self, request):
@@ -97,19 +108,23 @@ class Launcher:
         return json.loads(self.server.stdout.readline())
 
     def start(self, args, before="", module="train"):
-        "Starts `ddpm_train` or `ddpm_sample`, after the code `before`, which may change it."
+        "Starts `ddpm_train` or `ddpm_sample`. The code in `before` runs first and may change the command."
         self.count += 1
         (folder := self.folder/f"process_{self.count}").mkdir()
-        request = {"args": [f"ddpm_{module}", *map(str, args)], "module": module, "before": before, "folder": str(folder)}
+        request = {"args": [f"ddpm_{module}", *map(str, args)], "module": module, "before": before,
+                   "folder": str(folder)}
         return Process(self.ask(request), folder, self)
 
     def run(self, args, before="", module="train", seconds=60):
-        "To its end. Returns exit code and what it said on stderr."
+        "Runs a command to its end. Returns its exit code and what it printed on stderr."
         process = self.start(args, before, module)
         return process.wait(seconds), process.err
 
 def serve():
-    "Forks at each request, and answers with process ids and exit codes. In a fork it returns the request."
+    """Forks at each request, and answers with process ids and exit codes.
+
+    In the forked process it returns the request.
+    """
     running, codes = set(), {}
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
@@ -130,28 +145,38 @@ def serve():
         print(json.dumps(answer), flush=True)
     for pid in running: os.kill(pid, signal.SIGKILL)
 
-def become(request):
-    "What a fork does: the command as typed, and what the interpreter does at its exit, but for taking torch apart, which takes a second."
-    os.setsid()
+def redirect(folder):
+    "Nothing comes in on stdin. What goes to stdout and stderr lands in two files."
     for number, name in enumerate(("nothing", "out", "err")):
-        file = os.open(os.devnull, os.O_RDONLY) if name == "nothing" else os.open(Path(request["folder"])/name, os.O_CREAT | os.O_WRONLY)
+        if name == "nothing": file = os.open(os.devnull, os.O_RDONLY)
+        else: file = os.open(folder/name, os.O_CREAT | os.O_WRONLY)
         os.dup2(file, number)
+
+def become(request):
+    """Runs the command as typed in a forked process, and then does what the interpreter does at its exit.
+
+    Only taking torch apart is left out, because that takes a second.
+    """
+    os.setsid()
+    folder = Path(request["folder"])
+    redirect(folder)
     package = Path(ddpm_tutorial.__file__).parent
-    names = [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in package.glob("**/[a-z]*.py")]
+    files = [path.relative_to(package.parent) for path in package.glob("**/[a-z]*.py")]
+    names = [".".join(path.with_suffix("").parts) for path in files]
     modules = {name.rpartition(".")[2]: import_module(name) for name in names}
     def wait():
-        (Path(request["folder"])/"waits").touch()
-        while not (Path(request["folder"])/"go").exists(): time.sleep(0.01)
+        (folder/"waits").touch()
+        while not (folder/"go").exists(): time.sleep(0.01)
     def pause(place, name, call=1, hold=wait):
-        "Call number `call` of a function waits, until the test lets it go on."
+        "Call number `call` of a function waits until the test lets it continue."
         original, calls = getattr(place, name), iter(range(1, 10**9))
         def paused(*args, **kwargs):
             if next(calls) == call: hold()
             return original(*args, **kwargs)
         setattr(place, name, paused)
-    folder = Path(request["folder"])
-    modules["report"].draw_curves = lambda rows: "<svg/>" # half of the time of so short a run
-    exec(request["before"], {**globals(), **locals(), **modules}) # it may use all modules of the package by their names
+    modules["report"].draw_curves = lambda rows: "<svg/>" # drawing takes half of the time of such a short run
+    # the code may use the package's modules by their names
+    exec(request["before"], {**globals(), **locals(), **modules})
     sys.argv = request["args"]
     try:
         getattr(modules[request["module"]], request["args"][0])()
@@ -167,7 +192,7 @@ def become(request):
     os._exit(code)
 
 if __name__ == "__main__":
-    import matplotlib.figure # noqa: F401  imported here, the forks have them for nothing
+    import matplotlib.figure # noqa: F401  imported here, so that the forked processes need not
     import torch._dynamo # noqa: F401
 
     from ddpm_tutorial.run import sample, train # noqa: F401

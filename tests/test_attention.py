@@ -1,4 +1,4 @@
-"""Attention: against torch.nn.MultiheadAttention, and against formulas written out with an N x N table."""
+"""Attention, compared with torch.nn.MultiheadAttention and with formulas written out with an N x N table."""
 import pytest
 import torch
 from torch import nn
@@ -12,19 +12,20 @@ EXACT = dict(rtol=0, atol=1e-12)    # float64 on both sides
 
 
 def feature_map(channels=24, height=5, width=3):
-    "Not square, so that a mix-up of height and width shows."
-    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    "Not square, so that mixing up height and width is noticed."
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
 
 
 def made(layer):
-    "In float64, with weights so large that the softmax is far from flat."
+    "The layer in float64, with weights so large that the softmax is far from flat."
     layer = randomised(layer).double()
     layer.to_qkv.weight *= 2
     return layer
 
 
 def multihead_attention(ours, x):
-    "What PyTorch's own layer makes of x with the weights of ours."
+    "What PyTorch's own layer computes from x with the weights of ours."
     channels = x.shape[1]
     theirs = nn.MultiheadAttention(channels, channels//ours.head_dim, batch_first=True, dtype=torch.float64)
     theirs.load_state_dict({"in_proj_weight": ours.to_qkv.weight, "in_proj_bias": ours.to_qkv.bias,
@@ -43,17 +44,25 @@ def test_self_attention_against_pytorch(head_dim):
 
 
 def test_a_wrong_softmax_axis_is_noticed():
-    "Softmax over the queries instead of the keys still trains and draws; the comparison above must see it."
+    """Softmax over the queries instead of the keys still trains and draws.
+
+    The comparison above must notice it.
+    """
     class WrongAxis(SelfAttention):
-        def attend(self, q, k, v): return (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(dim=-2) @ v
+        def attend(self, q, k, v):
+            return (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(dim=-2) @ v
     wrong, x = made(WrongAxis(24, 8)), feature_map()
     assert (wrong(x) - multihead_attention(wrong, x)).abs().max() > 0.1
 
 
 def test_linear_attention_with_the_whole_table():
-    "`softmax(q) (softmax(k)^T v)` brackets the other way round: an N x N table of weights, whose rows sum to 1."
+    """`softmax(q) (softmax(k)^T v)` with the brackets moved: `(softmax(q) softmax(k)^T) v`.
+
+    In the brackets stands an N x N table of weights, whose rows sum to 1.
+    """
     ours, x = made(LinearAttention(24, 8)), feature_map()
-    q, k, v = F.linear(x.flatten(2).transpose(1, 2), ours.to_qkv.weight, ours.to_qkv.bias).chunk(3, dim=-1)   # (B, N, C)
+    pixels = x.flatten(2).transpose(1, 2)                          # (B, N, C)
+    q, k, v = F.linear(pixels, ours.to_qkv.weight, ours.to_qkv.bias).chunk(3, dim=-1)
     heads = []
     for part in (slice(0, 8), slice(8, 16), slice(16, 24)):
         queries, keys = q[..., part].exp(), k[..., part].exp()
@@ -62,13 +71,14 @@ def test_linear_attention_with_the_whole_table():
         table = torch.einsum("bic,bjc->bij", queries, keys)        # (B, N, N)
         assert_close(table.sum(dim=2), torch.ones_like(table[..., 0]), **EXACT)
         heads.append(table @ v[..., part])
-    expected = F.linear(torch.cat(heads, dim=2), ours.to_out.weight, ours.to_out.bias).transpose(1, 2).reshape(x.shape)
+    out = F.linear(torch.cat(heads, dim=2), ours.to_out.weight, ours.to_out.bias)
+    expected = out.transpose(1, 2).reshape(x.shape)
     assert_close(ours(x), expected, **EXACT)
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention_mixes_positions(kind):
-    "One output pixel depends on every input pixel of its own image, and on none of another image."
+    "One output pixel depends on every input pixel of its own image, and on no pixel of another image."
     attention, x = made(ATTENTION[kind](24, 8)), feature_map().requires_grad_()
     attention(x)[0, :, 2, 1].square().sum().backward()
     assert (x.grad[0].abs().sum(dim=0) > 1e-9).all()
@@ -76,7 +86,7 @@ def test_attention_mixes_positions(kind):
 
 
 def test_feed_forward_does_not_mix_positions():
-    "Each pixel for itself."
+    "Each output pixel depends on its own input pixel only."
     x = feature_map().requires_grad_()
     randomised(FeedForward(24)).double()(x)[0, :, 2, 1].square().sum().backward()
     reached = x.grad.abs().sum(dim=1) > 0
@@ -85,7 +95,7 @@ def test_feed_forward_does_not_mix_positions():
 
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention_knows_no_order(kind):
-    "Pixels that change places change places in the output, and nothing else happens."
+    "If pixels change places, their outputs change places, and nothing else happens."
     attention, x = made(ATTENTION[kind](24, 8)), feature_map()
     order = torch.randperm(15, generator=torch.Generator().manual_seed(2))
     shuffled = x.flatten(2)[..., order].view_as(x)
@@ -95,7 +105,7 @@ def test_attention_knows_no_order(kind):
 @pytest.mark.parametrize("feed_forward", [True, False])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention_block(kind, feed_forward):
-    "Norm, attention, sum; norm, two 1x1 convolutions with a GELU, sum: with torch functional."
+    "With torch.nn.functional: norm, attention, sum; then norm, two 1x1 convolutions with a GELU, sum."
     block, x = randomised(AttentionBlock(24, 8, 4, kind, feed_forward)).double(), feature_map()
     assert type(block.attention) is {"self": SelfAttention, "linear": LinearAttention}[kind]
     expected = x + block.attention(F.group_norm(x, 4, block.norm.weight, block.norm.bias, eps=1e-5))
@@ -104,12 +114,14 @@ def test_attention_block(kind, feed_forward):
         h = F.group_norm(expected, 4, norm.weight, norm.bias, eps=1e-5)
         h = torch.einsum("oi,bihw->bohw", one.weight[:, :, 0, 0], h) + one.bias[:, None, None]
         h = h*0.5*(1 + torch.erf(h/2**0.5))
-        expected = expected + torch.einsum("oi,bihw->bohw", two.weight[:, :, 0, 0], h) + two.bias[:, None, None]
+        h = torch.einsum("oi,bihw->bohw", two.weight[:, :, 0, 0], h) + two.bias[:, None, None]
+        expected = expected + h
     assert_close(block(x), expected, **EXACT)
 
 
 def test_what_cannot_work_is_refused():
-    "Heads that do not divide the channels, groups that do not, and an unknown kind."
+    "Heads or groups that do not divide the channels, and an unknown kind."
     with pytest.raises(ValueError, match="cannot be split into heads of 7"): SelfAttention(24, 7)
-    with pytest.raises(ValueError, match=r"choose num_groups among \[1, 2, 3, 4, 6, 8, 12, 24\]"): AttentionBlock(24, 8, 5)
+    with pytest.raises(ValueError, match=r"choose num_groups among \[1, 2, 3, 4, 6, 8, 12, 24\]"):
+        AttentionBlock(24, 8, 5)
     with pytest.raises(ValueError, match="kind must be one of"): AttentionBlock(24, 8, 4, "quadratic")

@@ -1,4 +1,4 @@
-"tools/bench.py in its quick form: every contestant takes part in every race, and what is told follows from what was measured."
+"tools/bench.py with --quick: every contestant is in every race, and the report follows from the data."
 import json
 import subprocess
 import sys
@@ -12,7 +12,8 @@ from ddpm_tutorial.data import load_sample, to_float
 pytest.importorskip("denoising_diffusion_pytorch")
 SCRIPT = Path(__file__).parent.parent/"tools"/"bench.py"
 NETWORKS = {"ours", "diffusers, 1 layer", "diffusers, 2 layers", "lucidrains"}
-RACES = {"training": NETWORKS, "forward": NETWORKS, "guided samples": NETWORKS - {"lucidrains"}, "batches": {"ours", "torchvision, DataLoader"}}
+RACES = {"training": NETWORKS, "forward": NETWORKS, "guided samples": NETWORKS - {"lucidrains"},
+         "batches": {"ours", "torchvision, DataLoader"}}
 
 @pytest.fixture
 def bench(monkeypatch):
@@ -22,35 +23,46 @@ def bench(monkeypatch):
     return bench
 
 def test_quick(tmp_path):
-    "On the bundled images, without a network: a row for each contestant, ratios as the speeds say, the same numbers in the table."
-    done = subprocess.run([sys.executable, SCRIPT, "--quick", "--output_dir", tmp_path/"out"], cwd=tmp_path, capture_output=True, text=True)
+    "The bundled images, no network: a row for each contestant, right ratios, the same numbers in the table."
+    command = [sys.executable, SCRIPT, "--quick", "--output_dir", tmp_path/"out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result, text = json.loads((tmp_path/"out"/"bench.json").read_text()), (tmp_path/"out"/"bench.md").read_text(encoding="utf-8")
-    assert done.stdout.split() == text.split() and (tmp_path/"out"/"bench.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path/"out"/"bench.json").read_text())
+    text = (tmp_path/"out"/"bench.md").read_text(encoding="utf-8")
+    assert done.stdout.split() == text.split()
+    assert (tmp_path/"out"/"bench.png").read_bytes().startswith(b"\x89PNG")
     lines = text.splitlines()
     for what, names in RACES.items():
         rows = {row["contestant"]: row for row in result["rows"] if row["what"] == what}
         assert rows.keys() == names
         head = next(i for i, line in enumerate(lines) if line.startswith(f"**{what.capitalize()}, "))
-        told = {line.split(" | ")[0].removeprefix("| "): line for line in lines[head + 4:head + 4 + len(rows)]}
+        below = lines[head + 4:head + 4 + len(rows)]
+        told = {line.split(" | ")[0].removeprefix("| "): line for line in below}
         assert told.keys() == names and rows["ours"]["ratio"] == 1
         for name, row in rows.items():
             speed = row["images_per_second"]
-            assert 0 < row["low"] <= speed <= row["high"] and all(speed >= other for other in row["others"].values())
+            assert 0 < row["low"] <= speed <= row["high"]
+            assert all(speed >= other for other in row["others"].values())
             assert row["ratio"] == pytest.approx(rows["ours"]["images_per_second"]/speed)
-            assert f"| {row['variant']} | {speed:,.0f} (" in told[name] and f"| {row['ratio']:.2f} (" in told[name]
+            assert f"| {row['variant']} | {speed:,.0f} (" in told[name]
+            assert f"| {row['ratio']:.2f} (" in told[name]
             if what != "batches": assert {row["variant"], *row["others"]} == {"fp32", "bf16"}
-            if what in ("training", "forward"): assert row["peak_share"] == pytest.approx(speed*row["flops"]/row["peak_flops"])
+            if what in ("training", "forward"):
+                assert row["peak_share"] == pytest.approx(speed*row["flops"]/row["peak_flops"])
             if what == "training": assert row["flops"] > 2*row["parameters"] and row["memory_mib"] >= 0
 
 def test_ratios_are_of_medians(bench):
-    "Known speeds of three rounds: the variant with the higher median counts, and a single fast round does not."
-    ours, theirs = bench.rows_of({("ours", "fp32"): [1, 900, 2], ("ours", "bf16"): [30, 20, 40], ("theirs", "fp32"): [10, 5, 12]}, what="test")
+    """Known speeds of three rounds: the variant with the higher median counts.
+
+    A single fast round changes nothing.
+    """
+    speeds = {("ours", "fp32"): [1, 900, 2], ("ours", "bf16"): [30, 20, 40], ("theirs", "fp32"): [10, 5, 12]}
+    ours, theirs = bench.rows_of(speeds, what="test")
     assert (ours["variant"], ours["images_per_second"], ours["others"]) == ("bf16", 30, {"fp32": 2})
     assert (theirs["ratio"], theirs["ratio_low"], theirs["ratio_high"]) == (3, 3, 4)
 
 def test_loaders_hand_out_the_same(bench, tmp_path):
-    "Each goes through every image once, and a pixel has the same value from both."
+    "Each loader goes through every image once, and a pixel has the same value in both."
     data = load_sample()
     bench.write_raw(data, tmp_path)
     works = bench.loading(data, tmp_path)

@@ -1,4 +1,4 @@
-"""The data: files that are not what they should be, one's own images, the range of the pixels, and the real thing where it is at hand."""
+"The data: damaged files, the user's own images, the range of the pixels, and the real Fashion-MNIST."
 import hashlib
 import os
 import re
@@ -20,7 +20,7 @@ HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
 
 
 def random_images(n=6, height=9, width=11, channels=None, seed=0):
-    "As numpy: uint8 (n, H, W) or (n, H, W, C). Neither square nor a multiple of anything."
+    "In numpy: uint8 (n, H, W) or (n, H, W, C). The sizes are neither square nor a multiple of anything."
     shape = (n, height, width) if channels is None else (n, height, width, channels)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -31,7 +31,7 @@ def as_tensor(images):
 
 
 def save_folder(folder, images, classes=("",), ending="png"):
-    "Image i goes into class i modulo their number."
+    "Saves the images in the folders of the classes in turn."
     for i, image in enumerate(images):
         (folder/classes[i % len(classes)]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder/classes[i % len(classes)]/f"{i:03}.{ending}")
@@ -57,26 +57,29 @@ def raw_folder(root):
 
 @pytest.fixture
 def offline(monkeypatch):
-    "Nothing is downloaded: whoever tries gets what a machine without a network gets."
+    "Nothing is downloaded: each attempt fails as on a machine without a network."
     class NoNetwork:
         def __init__(self, root, train=True, download=False): raise OSError("no network")
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", NoNetwork)
 
 
-# --- the published files -----------------------------------------------------------------------------------------
+# --- the published files ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("damage, message", [
     (None, None),
-    (lambda file: file.write_bytes(file.read_bytes()[:-1]), r"b has 999 bytes instead of 1,000; delete it and run again"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-1]),
+     r"b has 999 bytes instead of 1,000; delete it and run again"),
     (lambda file: file.write_bytes(file.read_bytes() + b"x"), "b has 1,001 bytes"),
-    (lambda file: file.write_bytes(b"y" + file.read_bytes()[1:]), r"b is not the published file \(its md5 differs\); delete it"),
+    (lambda file: file.write_bytes(b"y" + file.read_bytes()[1:]),
+     r"b is not the published file \(its md5 differs\); delete it"),
     (lambda file: file.write_bytes(HTML), "b has 54 bytes"),
     (lambda file: file.write_bytes(HTML.ljust(1000)), "b is not the published file"),
     (lambda file: file.write_bytes(b""), "b has 0 bytes"),
     (lambda file: file.unlink(), "b is missing"),
-], ids=["whole", "truncated", "longer", "one byte altered", "HTML page", "HTML page of the right size", "empty", "missing"])
+], ids=["whole", "truncated", "longer", "one byte altered", "HTML page", "HTML page of the right size",
+        "empty", "missing"])
 def test_check_raw_files(tmp_path, damage, message):
-    "A damaged file is named, whatever the damage; whole files pass."
+    "Whatever the damage is, the damaged file is named. Whole files pass."
     for name in "abc": (tmp_path/name).write_bytes(name.encode()*1000)
     expected = {name: (1000, hashlib.md5(name.encode()*1000).hexdigest()) for name in "abc"}
     if damage is None: return check_raw_files(tmp_path, expected)
@@ -86,30 +89,37 @@ def test_check_raw_files(tmp_path, damage, message):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_loading_checks_the_files_first(tmp_path, split, offline):
-    "Files of the right names and sizes and of zeros only: an error, not images."
+    "Files with the right names and sizes, but full of zeros: an error, not images."
     raw = raw_folder(tmp_path)
     for name, (size, _) in RAW_FILES.items():
         with open(raw/name, "wb") as file: file.truncate(size)
     with pytest.raises(DataError, match="md5 differs"): load_fashion_mnist(tmp_path, split)
     (raw/"t10k-labels-idx1-ubyte").write_bytes(HTML)
     (raw/"train-images-idx3-ubyte").write_bytes(HTML)
-    with pytest.raises(DataError, match="train-images-idx3-ubyte has 54 bytes"): load_fashion_mnist(tmp_path, split)
+    with pytest.raises(DataError, match="train-images-idx3-ubyte has 54 bytes"):
+        load_fashion_mnist(tmp_path, split)
 
 
 @pytest.mark.parametrize("missing", RAW_FILES)
 def test_missing_file_without_a_network(tmp_path, missing, offline):
-    "Names the files, the folder and where they are to be had; the files that were there stay, and no half download."
+    """The error names the files, the folder and their source.
+
+    The existing files stay, and no half download is left.
+    """
     raw = raw_folder(tmp_path)
     for name in RAW_FILES:
         if name != missing: (raw/name).write_bytes(b"mine")
     with pytest.raises(DataError) as caught: load_fashion_mnist(tmp_path)
-    assert all(word in str(caught.value) for word in (*RAW_FILES, str(raw), "github.com/zalandoresearch/fashion-mnist", "DDPM_DATA_ROOT"))
-    assert {file.name: file.read_bytes() for file in raw.iterdir()} == {name: b"mine" for name in RAW_FILES if name != missing}
+    message = str(caught.value)
+    assert all(name in message for name in RAW_FILES) and str(raw) in message
+    assert "github.com/zalandoresearch/fashion-mnist" in message and "DDPM_DATA_ROOT" in message
+    left = {file.name: file.read_bytes() for file in raw.iterdir()}
+    assert left == {name: b"mine" for name in RAW_FILES if name != missing}
     assert [entry.name for entry in tmp_path.iterdir()] == ["FashionMNIST"]
 
 
 def test_bad_download_is_not_kept(tmp_path, monkeypatch):
-    "A server that answers with a web page: an error, and nothing is put where the data are looked for."
+    "A server answers with a web page: an error, and nothing is put into the folder of the data."
     class Page:
         def __init__(self, root, train=True, download=False):
             raw = raw_folder(root)
@@ -120,7 +130,10 @@ def test_bad_download_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_default_root(monkeypatch, tmp_path, offline):
-    "`DDPM_DATA_ROOT`, or `data` where it is unset or empty; loading looks there, and an argument goes before it."
+    """`DDPM_DATA_ROOT`, or `data` if it is unset or empty.
+
+    Loading looks there unless it is called with a path.
+    """
     monkeypatch.delenv("DDPM_DATA_ROOT", raising=False)
     assert default_data_root() == Path("data")
     monkeypatch.setenv("DDPM_DATA_ROOT", "")
@@ -133,7 +146,7 @@ def test_default_root(monkeypatch, tmp_path, offline):
 
 
 def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path, offline):
-    "`~` in a path or in the variable is the home folder, and no folder of that name is made."
+    "`~` in a path or in the variable means the home folder. No folder with that name is made."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path/"home"))
     save_folder(tmp_path/"home"/"photos", random_images(20))
@@ -145,7 +158,7 @@ def test_the_home_folder_has_a_short_name(monkeypatch, tmp_path, offline):
     assert not (tmp_path/"~").exists()
 
 def test_images_in_the_working_folder(tmp_path, monkeypatch):
-    "`.` is a folder like any other, and an empty path, such as a variable that is not set, is none."
+    "`.` is a folder like any other. An empty path, such as an unset variable, is refused."
     for i in range(20): Image.new("L", (16, 16), i).save(tmp_path/f"{i}.png")
     monkeypatch.chdir(tmp_path)
     assert len(load_images(".")) == 20
@@ -154,13 +167,17 @@ def test_images_in_the_working_folder(tmp_path, monkeypatch):
 
 
 REAL = os.environ.get("DDPM_DATA_ROOT")
-needs_the_real_images = pytest.mark.skipif(not REAL or not (Path(REAL)/"FashionMNIST"/"raw").is_dir(),
-                                           reason="the real Fashion-MNIST is not at hand: set DDPM_DATA_ROOT to the folder that holds FashionMNIST/raw")
+needs_the_real_images = pytest.mark.skipif(
+    not REAL or not (Path(REAL)/"FashionMNIST"/"raw").is_dir(),
+    reason="needs the real Fashion-MNIST: set DDPM_DATA_ROOT to the folder with FashionMNIST/raw")
 
 
 @needs_the_real_images
 def test_real_fashion_mnist():
-    "All 70,000: count, mean, standard deviation, and every bundled image is one of them, with the same label."
+    """All 70,000 images: count, mean and standard deviation.
+
+    Every bundled image is one of them, with the same label.
+    """
     for split, count in (("train", 60_000), ("published_test", 10_000)):
         data = load_fashion_mnist(split=split)
         assert data.images.shape == (count, 1, 28, 28) and data.classes == CLASSES
@@ -176,45 +193,60 @@ def test_real_fashion_mnist():
 
 @needs_the_real_images
 def test_validation_and_test_are_the_published_test_images():
-    "The first 2,000 and the rest, so that what chooses the weights does not judge them."
-    published, validation, test = (load_fashion_mnist(split=split) for split in ("published_test", "validation", "test"))
+    """The validation images are the first 2,000, the test images the rest.
+
+    What chooses the weights does not judge them.
+    """
+    splits = ("published_test", "validation", "test")
+    published, validation, test = (load_fashion_mnist(split=split) for split in splits)
     assert (len(validation), len(test)) == (2000, 8000)
     assert torch.equal(torch.cat([validation.images, test.images]), published.images)
     assert torch.equal(torch.cat([validation.labels, test.labels]), published.labels)
     assert torch.equal(load_data()[1].images, validation.images)
 
 
-# --- the bundled sample, batches, pixels ---------------------------------------------------------------------------
+# --- the bundled sample, batches, pixels --------------------------------------------------------------------
 
 def test_bundled_sample():
     "100 and 20 images of each class, no image in both."
     train, test = load_sample("train"), load_sample("test")
     for data, each in ((train, 100), (test, 20)):
-        assert data.images.shape == (10*each, 1, 28, 28) and data.images.dtype == torch.uint8 and data.classes == CLASSES
+        assert data.images.shape == (10*each, 1, 28, 28) and data.images.dtype == torch.uint8
+        assert data.classes == CLASSES
         assert torch.equal(data.labels.bincount(), torch.full((10,), each))
-    assert not {image.numpy().tobytes() for image in train.images} & {image.numpy().tobytes() for image in test.images}
+    first, second = ({image.numpy().tobytes() for image in data.images} for data in (train, test))
+    assert not first & second
     with pytest.raises(ValueError, match="split must be"): load_sample("validation")
 
 
 def test_pixel_range():
-    "0 ... 255 to -1 ... 1 and back, all 256 values; what lies outside becomes black or white; nothing is scaled twice."
+    """All 256 values go from 0 ... 255 to -1 ... 1 and back.
+
+    Values outside become black or white. Nothing is scaled twice.
+    """
     pixels = torch.arange(256, dtype=torch.uint8)
     x = to_float(pixels)
     assert x.dtype == torch.float32 and x[0] == -1 and x[255] == 1
     assert torch.allclose(x, torch.linspace(-1, 1, 256), rtol=0, atol=1e-6)
-    assert torch.equal(to_uint8(x), pixels) and torch.equal(to_uint8(x.bfloat16()).float() > 127, pixels > 127)
+    assert torch.equal(to_uint8(x), pixels)
+    assert torch.equal(to_uint8(x.bfloat16()).float() > 127, pixels > 127)
     assert to_uint8(torch.tensor([-5., -1.001, 1.001, 5.])).tolist() == [0, 0, 255, 255]
     assert to_uint8(torch.tensor([0.4, 0.6])/127.5 - 1).tolist() == [0, 1]          # rounded, not cut off
     with pytest.raises(TypeError, match="uint8"): to_float(x)
 
 
 def test_batches():
-    "Each image once, with its own label, in an order that the generator decides; `start` goes on within the epoch."
+    """Each image once, with its own label, in an order that depends on the generator.
+
+    `start` continues within the epoch.
+    """
     data = indexed(50)
-    run = lambda seed, **kwargs: list(batches(data, 20, generator=torch.Generator().manual_seed(seed), **kwargs))
+    def run(seed, **kwargs):
+        return list(batches(data, 20, generator=torch.Generator().manual_seed(seed), **kwargs))
     whole = run(0)
     assert [len(x) for x, _ in whole] == [20, 20, 10]
-    numbers, labels = to_uint8(torch.cat([x for x, _ in whole]))[:, 0, 0, 0].long(), torch.cat([labels for _, labels in whole])
+    numbers = to_uint8(torch.cat([x for x, _ in whole]))[:, 0, 0, 0].long()
+    labels = torch.cat([labels for _, labels in whole])
     assert torch.equal(numbers.sort().values, torch.arange(50)) and not torch.equal(numbers, torch.arange(50))
     assert torch.equal(labels, numbers % 10)
     assert all(x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1 for x, _ in whole)
@@ -223,7 +255,10 @@ def test_batches():
 
 
 def test_hold_out():
-    "No image in both parts, none lost, always the same ones, not simply the first; labels go with their images."
+    """No image is in both parts, and none is lost.
+
+    They are always the same images, but not simply the first ones. Labels go with their images.
+    """
     data = indexed(60)
     rest, held = hold_out(data, 15)
     assert (len(rest), len(held)) == (45, 15)
@@ -239,7 +274,7 @@ def test_hold_out():
 
 
 def few(*counts, classes=None):
-    "As many images of each class as it says; each image carries its own number."
+    "As many images of each class as the counts say. Each image carries its own number."
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     return ImageData(images, labels, classes or tuple(f"class {i}" for i in range(len(counts))))
@@ -247,7 +282,10 @@ def few(*counts, classes=None):
 
 @pytest.mark.parametrize("counts, n", [((1, 30), 29), ((2, 2, 2), 3), ((1, 1, 1, 5), 4), ((3, 40), 41)])
 def test_holding_out_leaves_each_class_an_image(counts, n):
-    "The last image of a class is passed over; the next in the order is held out for it, and none is lost."
+    """The last image of a class is not held out.
+
+    The next one in the order is held out instead, and none is lost.
+    """
     data = few(*counts)
     rest, held = hold_out(data, n)
     assert len(held) == n and rest.labels.bincount(minlength=len(counts)).min() >= 1
@@ -258,14 +296,17 @@ def test_holding_out_leaves_each_class_an_image(counts, n):
 
 @pytest.mark.parametrize("data, n", [(indexed(60), 15), (few(5, 50), 5), (load_sample(), 100)])
 def test_holding_out_takes_the_images_that_it_always_took(data, n):
-    "Where no class is at risk, results stay what they were: the first n of the shuffled order, then the rest."
+    "Where no class is at risk, results stay as they were: the first n of the shuffled order are held out."
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     for part, index in zip(hold_out(data, n), (order[n:], order[:n])):
         assert torch.equal(part.images, data.images[index]) and torch.equal(part.labels, data.labels[index])
 
 
 def test_a_class_without_an_image_to_train_on_is_an_error():
-    "It is named; so is the usual reason, labels that start at 1. And no class is emptied to hold out more."
+    """The class is named, and so is the usual reason, labels that start at 1.
+
+    No class is emptied to hold out more.
+    """
     with pytest.raises(DataError, match=r"no image has the label 1 \(hat\)$"):
         hold_out(few(4, 0, 4, classes=("bag", "hat", "shoe")), 2)
     with pytest.raises(DataError, match=r"label 0 \(class 0\); labels from 1 to 2 must start at 0: subtract"):
@@ -280,18 +321,22 @@ def test_a_class_without_an_image_to_train_on_is_an_error():
                                           (dict(classes=np.arange(11)), r"label 10 \(10\)")],
                          ids=["from 1", "a gap", "a name too many"])
 def test_labels_that_leave_a_class_empty(tmp_path, change, says):
-    "They can be looked at, as samples of a few classes are, but not trained on; the file is named."
+    "Such files can be looked at, like samples of a few classes, but not trained on. The file is named."
     path = save_npz(tmp_path/"own.npz", **dict(images=random_images(20), labels=np.arange(20) % 10) | change)
     assert len(load_images(path)) == 20
     with pytest.raises(DataError, match=f"own.npz: no image has the {says}"): load_data(str(path))
 
 
 def test_fingerprint(tmp_path):
-    "The same for the same images, wherever they lie; another for another pixel, label, order, shape or name."
+    """It is the same for the same images, wherever they are stored.
+
+    It changes with a pixel, a label, the order, the shape or a name.
+    """
     images = random_images(6, channels=3)
     data = load_images(save_folder(tmp_path/"own", images, ("a", "b")))
     assert re.fullmatch("[0-9a-f]{16}", fingerprint(data))
-    arrays = dict(images=images[[0, 2, 4, 1, 3, 5]], labels=np.repeat([0, 1], 3), classes=np.array(["a", "b"]))
+    arrays = dict(images=images[[0, 2, 4, 1, 3, 5]], labels=np.repeat([0, 1], 3),
+                  classes=np.array(["a", "b"]))
     strided = ImageData(data.images.contiguous(memory_format=torch.channels_last), data.labels, data.classes)
     from_arrays = load_images(save_npz(tmp_path/"own.npz", **arrays))
     for again in (load_images(f"{tmp_path}/own/"), from_arrays, strided):
@@ -307,8 +352,12 @@ def test_fingerprint(tmp_path):
 
 
 def test_fingerprints_of_many_images_are_quick():
-    "All of Fashion-MNIST in half a second, or it would hold up the start of a run. The best of three."
-    images, labels = torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8), torch.zeros(60_000, dtype=torch.int64)
+    """All of Fashion-MNIST takes half a second at most, or the start of a run would be delayed.
+
+    The best of three counts.
+    """
+    images = torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8)
+    labels = torch.zeros(60_000, dtype=torch.int64)
     def seconds():
         start = time.perf_counter()
         fingerprint(ImageData(images, labels, ()))
@@ -317,7 +366,10 @@ def test_fingerprints_of_many_images_are_quick():
 
 
 def test_load_data(tmp_path):
-    "The bundled sample by its name; one's own images by their path, with a tenth held out."
+    """The bundled sample is loaded by its name, the user's own images by their path.
+
+    A tenth of these is held out.
+    """
     train, validation = load_data("sample")
     assert (len(train), len(validation)) == (1000, 200)
     path = save_npz(tmp_path/"own.npz", images=random_images(40))
@@ -330,11 +382,16 @@ def test_load_data(tmp_path):
 
 
 def test_image_data_fits_together():
-    "Wrong types, shapes, sizes and labels are errors; slices and indices keep images and labels together."
+    "Wrong types, shapes, sizes and labels are errors. Slices and indices keep images and labels together."
     images, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 9])
-    for bad, message in (((images.float(), labels), "must be uint8"), ((images[0], labels), "must be uint8"), ((images[:2], labels), "2 images need"),
-                         ((images[..., :7], labels), "smallest size is 8"), ((images[:0], labels[:0]), "no images"),
-                         ((images, labels.int()), "int64"), ((images, labels + 1), "must be in 0 ... 9"), ((images, labels - 1), "must be in 0 ... 9")):
+    for bad, message in (((images.float(), labels), "must be uint8"),
+                         ((images[0], labels), "must be uint8"),
+                         ((images[:2], labels), "2 images need"),
+                         ((images[..., :7], labels), "smallest size is 8"),
+                         ((images[:0], labels[:0]), "no images"),
+                         ((images, labels.int()), "int64"),
+                         ((images, labels + 1), "must be in 0 ... 9"),
+                         ((images, labels - 1), "must be in 0 ... 9")):
         with pytest.raises(DataError, match=message): ImageData(*bad, CLASSES)
     with pytest.raises(DataError, match="must be in 0 ... 0"): ImageData(images, labels, ())
     assert ImageData(images, labels, CLASSES)[1:].labels.tolist() == [1, 9]
@@ -342,7 +399,7 @@ def test_image_data_fits_together():
 
 
 def test_image_grid(tmp_path):
-    "Each image at its place, enlarged pixel by pixel; what Pillow saves is what was drawn."
+    "Each image is in its place, enlarged pixel by pixel. What Pillow saves is what was drawn."
     images = as_tensor(random_images(3, 8, 10))
     grid = image_grid(images, columns=2, scale=2)
     assert grid.shape == (3, 2*(16 + 2) + 2, 2*(20 + 2) + 2) and torch.equal(grid[0], grid[2])
@@ -350,7 +407,8 @@ def test_image_grid(tmp_path):
     assert torch.equal(image_grid(to_float(images), columns=2, scale=2), grid)
     for channels in (1, 3):
         to_pil(grid[:channels]).save(tmp_path/"grid.png")
-        assert np.array_equal(np.asarray(Image.open(tmp_path/"grid.png")), grid[:channels].permute(1, 2, 0).numpy().squeeze())
+        saved = np.asarray(Image.open(tmp_path/"grid.png"))
+        assert np.array_equal(saved, grid[:channels].permute(1, 2, 0).numpy().squeeze())
 
 
 def test_full_or_tiny(monkeypatch):
@@ -363,12 +421,15 @@ def test_full_or_tiny(monkeypatch):
     assert full_or_tiny("full", "tiny") == "tiny"
 
 
-# --- one's own images -----------------------------------------------------------------------------------------------
+# --- the user's own images ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("channels", [None, 3])
 @pytest.mark.parametrize("ending", ["png", "BMP"])
 def test_folder(tmp_path, channels, ending):
-    "Grey stays grey, colour stays colour, pixel for pixel; sub-folders are the classes, in alphabetical order."
+    """Grey stays grey and colour stays colour, pixel for pixel.
+
+    Sub-folders are the classes, in alphabetical order.
+    """
     images = random_images(channels=channels)
     flat = load_images(save_folder(tmp_path/"flat", images, ending=ending))
     assert torch.equal(flat.images, as_tensor(images)) and flat.classes == () and not flat.labels.any()
@@ -382,7 +443,7 @@ def test_folder(tmp_path, channels, ending):
 
 
 def said(function, *args, **kwargs):
-    "What a call warns of, and what it returns."
+    "The warnings of a call, and what it returns."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = function(*args, **kwargs)
@@ -390,17 +451,18 @@ def said(function, *args, **kwargs):
 
 
 def refused(folder, *words, **kwargs):
-    "One sentence, with these words in it."
+    "The error is one line with these words in it."
     with pytest.raises(DataError) as caught: load_images(folder, **kwargs)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("junk", [".DS_Store", "._000.png", "Thumbs.db", "thumbs.DB", "desktop.ini", ".x/x.png",
-                                  "__MACOSX/._000.png", "__MACOSX/x.png", ".ipynb_checkpoints/000.png"])
+@pytest.mark.parametrize("junk", [".DS_Store", "._000.png", "Thumbs.db", "thumbs.DB", "desktop.ini",
+                                  ".x/x.png", "__MACOSX/._000.png", "__MACOSX/x.png",
+                                  ".ipynb_checkpoints/000.png"])
 @pytest.mark.parametrize("classes", [("",), ("a", "b")])
 def test_what_systems_leave_behind_is_passed_over(tmp_path, junk, classes):
-    "Neither an error nor a class nor a word: at the top, and in the folder of a class."
+    "They are neither an error nor a class nor worth a message: at the top, and in the folder of a class."
     save_folder(tmp_path, random_images(), classes)
     for place in {tmp_path, tmp_path/classes[0]}:
         (place/junk).parent.mkdir(exist_ok=True)
@@ -416,7 +478,10 @@ def write_words(folder, *names):
 
 
 def test_what_is_left_out_is_counted_in_one_line(tmp_path):
-    "Files that are no images, and beside loose images folders without any. Not a word if there is none."
+    """Files that are not images, and beside loose images also folders without any.
+
+    If there are none, there is no message.
+    """
     photos = save_folder(tmp_path/"photos", random_images())
     classes = save_folder(tmp_path/"sorted", random_images(), ("a", "b"))
     assert said(load_images, photos)[0] == []
@@ -426,11 +491,12 @@ def test_what_is_left_out_is_counted_in_one_line(tmp_path):
     assert len(data) == 6 and data.classes == ()
     write_words(classes, "a.txt", "a/b.heic", "a/c.heic", "b/extra/d.mp4", *(f"a/x.{i}" for i in range(9)))
     (message,), data = said(load_images, classes)
-    assert "left out 2 .heic, 1 .txt, " in message and message.endswith(", ...") and data.classes == ("a", "b")
+    assert "left out 2 .heic, 1 .txt, " in message and message.endswith(", ...")
+    assert data.classes == ("a", "b")
 
 
 def test_loose_images_beside_folders_of_images(tmp_path):
-    "A third class, or forgotten? One of each is named, and what to do."
+    "Are they a third class, or forgotten? One file of each kind is named, and what to do."
     for inner in ("a", "x/y"): save_folder(tmp_path/inner[0], random_images(), (inner,))
     for place in (tmp_path/"a", tmp_path/"x"): save_folder(place, random_images(1))
     refused(tmp_path/"a", "a/000.png lies beside folders with images", "a/a/000.png", "give it its own")
@@ -439,12 +505,13 @@ def test_loose_images_beside_folders_of_images(tmp_path):
 
 @pytest.mark.parametrize("deep", ["train/a/000.png", "a/more/000.png"])
 def test_images_one_level_too_deep(tmp_path, deep):
-    save_folder(tmp_path, random_images(), (str(Path(deep).parent), "b" if deep[0] == "a" else "train/b"))
+    bad, good = str(Path(deep).parent), "b" if deep[0] == "a" else "train/b"
+    save_folder(tmp_path, random_images(), (bad, good))
     refused(tmp_path, f"{deep} lies too deep", "or in its folders")
 
 
 def test_a_folder_without_an_image_beside_others(tmp_path):
-    "An intended class, perhaps: it does not become one, and does not vanish, without a word."
+    "It may be meant as a class. It neither becomes one nor is ignored without a message."
     for name in ("empty", "words"): save_folder(tmp_path/name, random_images(), ("a", "b"))
     (tmp_path/"empty"/"c").mkdir()
     write_words(tmp_path, "words/notes/a.txt")
@@ -454,14 +521,17 @@ def test_a_folder_without_an_image_beside_others(tmp_path):
 
 @pytest.mark.parametrize("place, classes", [("c", "ab"), ("a/c.png", "ab"), ("c.png", [""]), ("c", [""])])
 def test_links_that_lead_nowhere(tmp_path, place, classes):
-    "To a class, or to an image: there was something once."
+    "The link once led to a class or to an image."
     save_folder(tmp_path, random_images(), classes)
     (tmp_path/place).symlink_to(tmp_path/"nowhere")
     refused(tmp_path, f"{place} is a link that leads nowhere")
 
 
 def test_links_to_folders_are_followed(tmp_path):
-    "They count as what they lead to; one that leads back to its own folder ends in a sentence."
+    """They count as the folder that they lead to.
+
+    One that leads back to its own folder gives an error of one line.
+    """
     images = random_images()
     real = save_folder(tmp_path/"real", images)
     (tmp_path/"sorted").mkdir()
@@ -474,7 +544,7 @@ def test_links_to_folders_are_followed(tmp_path):
 
 
 def test_a_folder_that_may_not_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
-    "At the top, or a class."
+    "At the top, and for a class."
     save_folder(tmp_path, random_images(), ("a", "b"))
     allowed = os.scandir
     for place in (tmp_path, tmp_path/"b"):
@@ -486,7 +556,7 @@ def test_a_folder_that_may_not_be_read_is_not_an_empty_one(tmp_path, monkeypatch
 
 
 def test_only_no_images(tmp_path):
-    "Says what there is instead: photos of a kind that Pillow cannot open, for one."
+    "The error says what there is instead, for instance photos of a kind that Pillow cannot open."
     for name in ("cats", "dogs"): (tmp_path/name).mkdir()
     refused(tmp_path, "holds no images, only 1 folder cats, 1 folder dogs")
     write_words(tmp_path, "cats/a.heic")
@@ -495,8 +565,11 @@ def test_only_no_images(tmp_path):
 
 
 def test_every_kind_of_picture_counts(tmp_path):
-    "What Pillow calls a picture, in small letters or capitals; films, papers and data do not."
-    images, endings = random_images(6), ("PNG", "TIF", "pgm", "png", "tga", "tiff")         # in sorted order
+    """Every kind that Pillow calls a picture, in small letters or capitals.
+
+    Films, papers and data do not count.
+    """
+    images, endings = random_images(6), ("PNG", "TIF", "pgm", "png", "tga", "tiff")      # in sorted order
     for image, ending in zip(images, endings): Image.fromarray(image).save(tmp_path/f"{ending}.{ending}")
     write_words(tmp_path, "x.h5", "x.mpg", "x.ps", "x.wmf")
     (message,), data = said(load_images, tmp_path)
@@ -509,14 +582,14 @@ def test_every_kind_of_picture_counts(tmp_path):
                                           (["10", "9", "x"], ["10", "9", "x"]),
                                           (["-1", "10", "9"], ["-1", "10", "9"])])
 def test_order_of_the_classes(tmp_path, names, order):
-    "Whole numbers by their value, all else by the alphabet; each image keeps its class."
+    "Whole numbers are sorted by their value, everything else by the alphabet. Each image keeps its class."
     save_folder(tmp_path, np.arange(len(names), dtype=np.uint8).repeat(64).reshape(-1, 8, 8), names)
     data = load_images(tmp_path)
     assert list(data.classes) == order
     assert [data.classes[label] for label in data.labels] == [names[int(i)] for i in data.images[:, 0, 0, 0]]
 
 
-# --- the pixels of one file -----------------------------------------------------------------------------------------
+# --- the pixels of one file ---------------------------------------------------------------------------------
 
 def save(file, image, **kwargs):
     file.parent.mkdir(exist_ok=True)
@@ -532,7 +605,7 @@ UPRIGHT = {1: None, 2: WAY.FLIP_LEFT_RIGHT, 3: WAY.ROTATE_180, 4: WAY.FLIP_TOP_B
 @pytest.mark.parametrize("turn", UPRIGHT)
 @pytest.mark.parametrize("ending, options", [("png", {}), ("tif", {}), ("webp", dict(lossless=True))])
 def test_a_photo_stands_upright(tmp_path, turn, ending, options):
-    "A camera that is turned says so in the EXIF data; what counts is the picture that people see."
+    "A camera that was turned says so in the EXIF data. We load the picture that people see."
     image, exif = Image.fromarray(random_images(1, channels=3)[0]), Image.Exif()
     exif[0x0112] = turn
     found = load_images(save(tmp_path/"a"/f"a.{ending}", image, exif=exif, **options))
@@ -542,14 +615,14 @@ def test_a_photo_stands_upright(tmp_path, turn, ending, options):
 
 @pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
 def test_several_images_in_one_file_are_refused(tmp_path, ending):
-    "An animation or pages: its first is not what a person expects."
+    "An animation or several pages: nobody expects that only the first is used."
     first, *others = (Image.fromarray(image) for image in random_images(3, channels=3))
     folder = save(tmp_path/"a"/f"film.{ending}", first, save_all=True, append_images=others)
     refused(folder, f"film.{ending} holds 3 images")
 
 
 def test_a_photo_with_a_second_one_behind_it_is_a_photo(tmp_path):
-    "Phones put a map of depths or of brightness into the same JPEG file; nobody sees it."
+    "Phones store a map of depth or brightness in the same JPEG file. Nobody sees it."
     first, second = (Image.fromarray(image) for image in random_images(2, 16, 16, channels=3))
     folder = save(tmp_path/"a"/"photo.jpg", first, format="MPO", save_all=True, append_images=[second])
     with Image.open(folder/"photo.jpg") as image: assert image.format == "MPO" and image.n_frames == 2
@@ -557,7 +630,7 @@ def test_a_photo_with_a_second_one_behind_it_is_a_photo(tmp_path):
 
 
 def grey_palette(array):
-    "The same greys, written with a palette in another order."
+    "The same greys, stored with a palette in another order."
     image = Image.fromarray(255 - array)
     image.putpalette([255 - i//3 for i in range(768)])
     return image
@@ -565,7 +638,10 @@ def grey_palette(array):
 
 @pytest.mark.parametrize("ending", ["gif", "png"])
 def test_palettes(tmp_path, ending):
-    "Another way to write the same colours. Greys stay grey among grey images, and are colours among colours."
+    """A palette only stores the same colours in another way.
+
+    Its greys are grey among grey images, colours among colours.
+    """
     grey, colour = random_images(2), Image.fromarray(random_images(1, channels=3)[0]).quantize(16)
     beside = {"palette": grey_palette(grey[1]), "grey": Image.fromarray(grey[1]), "colour": colour}
     for name, image in beside.items():
@@ -579,7 +655,7 @@ def test_palettes(tmp_path, ending):
 
 
 def with_alpha(mode, through):
-    "(image, options to save it, its pixels): every pixel opaque, or one of them not."
+    "(image, options to save it, its pixels). Every pixel is opaque, or one of them is not."
     colour = random_images(1, channels=3)[0]//2 + 1                 # 0 is free to mean "transparent"
     alpha = np.full(colour.shape[:2], 255, np.uint8)
     if through: colour[2, 3], alpha[2, 3] = 0, 128
@@ -594,18 +670,25 @@ def with_alpha(mode, through):
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "RGBA"])
 def test_transparency_is_treated_alike_in_all_modes(tmp_path, mode):
-    "If every pixel is opaque, nothing is lost without it; if not, somebody has to choose what lies behind."
+    """If every pixel is opaque, nothing is lost without transparency.
+
+    If not, the user has to choose a background.
+    """
     image, options, pixels = with_alpha(mode, through=False)
     assert image.mode == mode
     messages, data = said(load_images, save(tmp_path/"opaque"/"a.png", image, **options))
     assert messages == [] and torch.equal(data.images, as_tensor(pixels[None]))
     image, options, _ = with_alpha(mode, through=True)
-    refused(save(tmp_path/"through"/"b.png", image, **options), "b.png is transparent in places", "background")
+    folder = save(tmp_path/"through"/"b.png", image, **options)
+    refused(folder, "b.png is transparent in places", "background")
 
 
 @pytest.mark.parametrize("mode, ending", [("I;16", "png"), ("CMYK", "tif"), ("F", "tif")])
 def test_pixels_that_would_lose_something_are_refused(tmp_path, mode, ending):
-    "16-bit grey would be cut off at 255, and ink is not light: the error names the file and what to save."
+    """16-bit grey would be cut off at 255, and ink is not light.
+
+    The error names the file and what to save instead.
+    """
     folder = save(tmp_path/"a"/f"deep.{ending}", Image.new(mode, (9, 11)))
     refused(folder, f"deep.{ending} has pixels of Pillow's kind {mode!r}", "8-bit grey or colour")
 
@@ -618,16 +701,16 @@ def test_black_and_white_is_grey(tmp_path):
 
 @pytest.mark.parametrize("limit", [90, 50])
 def test_a_huge_picture_is_named(tmp_path, monkeypatch, limit):
-    "Pillow warns from its limit on, and raises an error of its own from twice that: ours names the file."
+    "Pillow warns from its limit on, and raises its own error from twice that. Our error names the file."
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)           # a small limit instead of a large picture
     folder = save(tmp_path/"a"/"huge.png", Image.new("L", (10, 11)))
     refused(folder, "huge.png is too large", "110 pixels", "make it smaller")
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 def test_unlike_sizes_name_the_option(tmp_path):
-    "And the two files; width first, as cameras say it."
+    "The error names the two files, too. Width comes first, as for cameras."
     save(tmp_path/"a"/"0.png", Image.new("L", (11, 9)))
     folder = save(tmp_path/"a"/"1.png", Image.new("L", (9, 11)))
     refused(folder, "1.png has 9x11 pixels", "0.png has 11x9", "--resize N", "resize=N")
@@ -636,27 +719,28 @@ def test_unlike_sizes_name_the_option(tmp_path):
 @pytest.mark.parametrize("size", [(40, 40), (60, 40), (40, 64), (200, 80)])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_resize(tmp_path, size, mode):
-    "The same as making the short side N pixels long and cutting out the middle, in two steps of Pillow's own."
+    "The same as making the short side N pixels long and cutting out the middle, in two steps of Pillow."
     small = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode) # smooth, as photos are
+    # smooth, like a photo
+    image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode)
     found = load_images(save(tmp_path/"a"/"a.png", image), resize=20).images
     whole = image.resize((size[0]*20//min(size), size[1]*20//min(size)), Image.Resampling.LANCZOS)
     left, top = (whole.width - 20)//2, (whole.height - 20)//2
     expected = as_tensor(np.asarray(whole.crop((left, top, left + 20, top + 20)))[None])
     assert found.shape == expected.shape
-    inner = (found.int() - expected.int())[..., 3:-3, 3:-3]             # at the rim one of the two sees more
+    inner = (found.int() - expected.int())[..., 3:-3, 3:-3]     # at the edge, one of the two sees more
     assert inner.abs().max() <= 1
 
 
 def test_resize_smooths_fine_stripes(tmp_path):
-    "Stripes of one pixel become even grey when they are made four times smaller, not a pattern of their own."
+    "Stripes of one pixel, made four times smaller, become even grey, not a new pattern."
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
     found = load_images(save(tmp_path/"a"/"a.png", stripes), resize=16).images.float()
     assert (found - 127.5).abs().max() < 12                             # the outermost pixels see less of it
 
 
 def test_resize_brings_all_to_one_size(tmp_path):
-    "Photos of any form; smaller ones are enlarged."
+    "Photos of any shape. Smaller ones are enlarged."
     for i, size in enumerate(((40, 30), (30, 40), (16, 16), (8, 100), (33, 31))):
         save(tmp_path/"a"/f"{i}.png", Image.new("RGB", size, (10*i, 20, 30)))
     colours = torch.tensor([[10*i, 20, 30] for i in range(5)], dtype=torch.uint8)
@@ -667,7 +751,7 @@ def test_resize_brings_all_to_one_size(tmp_path):
 
 @pytest.mark.parametrize("width", [16, 21])
 def test_resize_leaves_pixels_alone_where_it_can(tmp_path, width):
-    "If the short side is right already, the image is cut at most: no pixel is mixed with another."
+    "If the short side has the right length already, the image is only cut. No pixel is mixed with another."
     images = random_images(2, 16, width)
     found = load_images(save_folder(tmp_path, images), resize=16)
     assert torch.equal(found.images, as_tensor(images[..., (width - 16)//2:][..., :16]))
@@ -675,7 +759,7 @@ def test_resize_leaves_pixels_alone_where_it_can(tmp_path, width):
 
 @pytest.mark.parametrize("channels", [None, 3])
 def test_resize_arrays(tmp_path, channels):
-    "An .npz is resized as the same images in a folder are; so is a palette."
+    "An .npz is resized like the same images in a folder, and so are images with a palette."
     images = random_images(channels=channels, height=20, width=31)
     folder = load_images(save_folder(tmp_path/"a", images), resize=9)
     assert folder.images.shape == (6, channels or 1, 9, 9)
@@ -685,13 +769,17 @@ def test_resize_arrays(tmp_path, channels):
         assert torch.equal(load_images(tmp_path/"p", resize=9).images, folder.images)
 
 
-# --- folders and arrays that cannot be used -------------------------------------------------------------------------
+# --- folders and arrays that cannot be used -----------------------------------------------------------------
 
 def test_bad_folders(tmp_path):
-    "The file that does not fit is named: another size, other channels, a web page, half a file; and an empty folder."
+    """The file that does not fit is named: another size, other channels, a web page, half a file.
+
+    An empty folder is refused too.
+    """
     images = random_images()
     for name, spoil in (("size", lambda file: Image.fromarray(images[0, :8]).save(file)),
-                        ("channels", lambda file: Image.fromarray(random_images(1, channels=3)[0]).save(file)),
+                        ("channels",
+                         lambda file: Image.fromarray(random_images(1, channels=3)[0]).save(file)),
                         ("page", lambda file: file.write_bytes(HTML)),
                         ("half", lambda file: file.write_bytes(file.read_bytes()[:60])),
                         ("nothing", lambda file: file.write_bytes(b""))):
@@ -700,21 +788,23 @@ def test_bad_folders(tmp_path):
         with pytest.raises(DataError, match=r"003\.png"): load_images(folder)
     (tmp_path/"empty").mkdir()
     with pytest.raises(DataError, match="holds no images"): load_images(tmp_path/"empty")
-    with pytest.raises(DataError, match="smallest size is 8"): load_images(save_folder(tmp_path/"small", random_images(2, 7, 20)))
+    with pytest.raises(DataError, match="smallest size is 8"):
+        load_images(save_folder(tmp_path/"small", random_images(2, 7, 20)))
     with pytest.raises(DataError, match="neither a folder nor"): load_images(tmp_path/"not there")
 
 
 @pytest.mark.parametrize("channels", [None, 1, 3])
 def test_npz(tmp_path, channels):
-    "By either pair of names, with or without labels and the classes' names."
+    "With either pair of names, with or without labels and the names of the classes."
     images, labels = random_images(channels=channels), np.array([0, 2, 1, 1, 0, 2], dtype=np.int32)
     plain = load_images(save_npz(tmp_path/"a.npz", images=images))
     assert torch.equal(plain.images, as_tensor(images)) and plain.classes == () and not plain.labels.any()
     data = load_images(save_npz(tmp_path/"b.npz", arr_0=images, arr_1=labels))
     assert torch.equal(data.images, as_tensor(images))
     assert data.labels.tolist() == labels.tolist() and data.classes == ("class 0", "class 1", "class 2")
-    named = load_images(save_npz(tmp_path/"c.npz", images=images, labels=labels, classes=np.array(["x", "y", "z", "none of these"])))
-    assert named.classes == ("x", "y", "z", "none of these")
+    names = ["x", "y", "z", "none of these"]
+    path = save_npz(tmp_path/"c.npz", images=images, labels=labels, classes=np.array(names))
+    assert load_images(path).classes == tuple(names)
 
 
 BAD = {
@@ -729,7 +819,8 @@ BAD = {
     "four channels": (dict(images=random_images(channels=4)), r"\(6, 9, 11, 4\).* with C 1 or 3$"),
     "no images": (dict(images=random_images(0)), "no images"),
     "a pickle": (dict(labels=np.array([print]*6, dtype=object)), "cannot be read as .npz"),
-    "too few labels": (dict(labels=np.zeros(5, int)), r"6 images need as many labels in one row, not \(5,\)$"),
+    "too few labels": (dict(labels=np.zeros(5, int)),
+                       r"6 images need as many labels in one row, not \(5,\)$"),
     "labels in a column": (dict(labels=np.zeros((6, 1), int)), r"in one row, not \(6, 1\)$"),
     "0-d label": (dict(labels=np.int64(0)), r"6 images need as many labels in one row, not \(\)$"),
     "one-hot": (dict(labels=np.eye(6, dtype=int)), r"not \(6, 6\); if they are one-hot, save labels.argmax"),
@@ -750,7 +841,10 @@ BAD = {
 
 @pytest.mark.parametrize("arrays, message", BAD.values(), ids=BAD)
 def test_bad_npz(tmp_path, arrays, message):
-    "The message names the file, what is wrong with it and what to save instead; a pickle inside is not opened."
+    """The message names the file, what is wrong with it and what to save instead.
+
+    A pickle inside is not opened.
+    """
     images = {} if {"images", "pictures"} & arrays.keys() or not arrays else dict(images=random_images())
     path = save_npz(tmp_path/"bad.npz", **images, **arrays)
     with pytest.raises(DataError, match=message) as caught: load_images(path)
@@ -758,7 +852,10 @@ def test_bad_npz(tmp_path, arrays, message):
 
 
 def test_npz_of_other_people(tmp_path):
-    "Capital letters in its name, class names as bytes, arrays that nobody asked for: read, and said in a line."
+    """Capital letters in its name, class names as bytes, arrays that we do not need.
+
+    The file is loaded, and one line says what was left out.
+    """
     images, labels, names = random_images(), np.arange(6) % 3, ("hat", "Schuhgröße", "\\xff")
     as_bytes = np.array([*(name.encode() for name in names[:2]), b"\xff"])
     path = save_npz(tmp_path/"a.npz", images=images, labels=labels, classes=as_bytes, mu=np.zeros(3))
@@ -768,11 +865,13 @@ def test_npz_of_other_people(tmp_path):
     assert said(load_images, path)[0] == [f"{path}: left out mu, sigma"]
 
 
-@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole)//2], lambda whole: HTML, lambda whole: b"",
+@pytest.mark.parametrize("damage", [lambda whole: whole[:len(whole)//2],
+                                    lambda whole: HTML,
+                                    lambda whole: b"",
                                     lambda whole: whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]],
                          ids=["half", "HTML page", "empty", "one byte altered"])
 def test_damaged_npz(tmp_path, damage):
-    "One `DataError` with the path, whatever numpy, zipfile or zlib would have said."
+    "There is one `DataError` with the path, whatever numpy, zipfile or zlib would have raised."
     path = save_npz(tmp_path/"own.npz", images=random_images())
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"own\.npz cannot be read as \.npz"): load_images(path)

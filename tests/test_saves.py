@@ -1,4 +1,7 @@
-"""What a run has saved stays saved: kills at any moment, disks that refuse, bytes that change, files that want to run code."""
+"""What a run has saved stays saved.
+
+Kills at any moment, disks that refuse to write, bytes that change, files that want to run code.
+"""
 import json
 import os
 import pickle
@@ -23,11 +26,12 @@ from ddpm_tutorial.training import new_state
 from ddpm_tutorial.unet import UNetConfig
 from processes import same_tensors
 
-NETWORK = UNetConfig(base_channels=8, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(), head_dim=8, num_groups=4)
+NETWORK = UNetConfig(base_channels=8, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(),
+                     head_dim=8, num_groups=4)
 CONFIG = replace(PRESETS["tiny"], model=NETWORK)
 
 def fresh_state():
-    "A state whose optimizer has something to remember."
+    "A training state whose optimizer has taken a step."
     state = new_state(new_model(CONFIG), CONFIG.train)
     for weight in state.model.parameters(): weight.grad = torch.full_like(weight, 0.5)
     state.optimizer.step()
@@ -35,22 +39,28 @@ def fresh_state():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    "A good one."
+    "The path of a whole checkpoint."
     save_checkpoint(tmp_path/"good.pth", fresh_state(), CONFIG, {"best_loss": 0.5})
     return tmp_path/"good.pth"
 
 def python(program, *args, **variables):
-    "A program in a process of its own."
-    return subprocess.run([sys.executable, "-c", program, *map(str, args)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+    "Runs a program in its own process."
+    return subprocess.run([sys.executable, "-c", program, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
 
 def test_killed_at_any_moment(tmp_path):
-    "A run that saves at every step is killed 50 times (`make soak`: 200). No checkpoint is lost, and in the end all is as if nothing had been."
+    """A run that saves at every step is killed 50 times (`make soak`: 200 times).
+
+    No checkpoint is lost, and the end is the same as without any kill.
+    """
     kills = os.environ.get("DDPM_KILLS", "50")
-    done = subprocess.run([sys.executable, Path(__file__).parent/"kills.py", kills, tmp_path], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, Path(__file__).parent/"kills.py", kills, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    print(found) # for the soak, which shows it
-    assert found["kills"] == int(kills) and found["in_a_save"] >= int(kills)//20 and found["step_at_last_kill"] < found["steps"]
+    print(found) # `make soak` shows it
+    assert found["kills"] == int(kills) and found["in_a_save"] >= int(kills)//20
+    assert found["step_at_last_kill"] < found["steps"]
     assert found["lost"] == 0 and found["same_weights"] and found["same_metrics"] and found["left_over"] == 0
 
 LIMITED = """
@@ -60,10 +70,11 @@ sys.path.insert(0, sys.argv[2])
 from test_saves import CONFIG, fresh_state
 from ddpm_tutorial.run.checkpoint import CheckpointError, load_latest, save_run
 folder, state = Path(sys.argv[1]), fresh_state()
-def limit(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)) # the kernel refuses every byte beyond it
+def limit(size): # the kernel refuses every byte beyond it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 state.step = 1
 save_run(folder, state, CONFIG, {})
-files = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}
+def files(): return {path.name: path.read_bytes() for path in folder.iterdir()}
 before, state.step = files(), 2
 size = len(before["latest.pth"])
 for n in [0, 1, *range(97, size, 2003), size - 1]:
@@ -74,14 +85,18 @@ for n in [0, 1, *range(97, size, 2003), size - 1]:
     try: save_run(folder, state, CONFIG, {}, must=True)
     except CheckpointError as error: message = str(error)
     limit(resource.RLIM_INFINITY)
-    assert not saved and len(caught) == 1 and "step 2 could not be saved" in str(caught[0].message) and "make room" in message
+    assert not saved and len(caught) == 1
+    assert "step 2 could not be saved" in str(caught[0].message) and "make room" in message
     assert files() == before, n
-assert save_run(folder, state, CONFIG, {}) and load_latest(folder)[1]["step"] == 2 # and when there is room again
+assert save_run(folder, state, CONFIG, {}) and load_latest(folder)[1]["step"] == 2 # now there is room again
 print(n)
 """
 
 def test_a_disk_that_refuses_at_every_nth_byte(tmp_path):
-    "The old files stay byte for byte, nothing else is left, a periodic save warns, a final one is an error; the next save is as ever."
+    """The old files stay byte for byte, and nothing else is left.
+
+    A periodic save warns, a final one raises an error. With room again, the next save works as usual.
+    """
     done = python(LIMITED, tmp_path, Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == (tmp_path/"latest.pth").stat().st_size - 1
@@ -98,42 +113,55 @@ def timed(steps):
         if record.step == room_again: limit(resource.RLIM_INFINITY)
         yield record, seconds
 train.timed = timed
-sys.argv = ["ddpm_train", "--config", "tiny", "--data", "sample", "--max_steps", "8", "--batch_size", "8", "--num_inference_steps", "2", "--device", "cpu",
-            "--no-wandb", "--save_every", "2", "--log_every", "1", "--output_dir", sys.argv[1]]
+sys.argv = ["ddpm_train", "--config", "tiny", "--data", "sample", "--max_steps", "8", "--batch_size", "8",
+            "--num_inference_steps", "2", "--device", "cpu", "--no-wandb", "--save_every", "2",
+            "--log_every", "1", "--output_dir", sys.argv[1], *sys.argv[4:]]
 train.ddpm_train()
 """
 
 def test_a_run_on_a_full_disk_goes_on(tmp_path):
-    "From step 3 to 6 the disk is full: two saves warn, the run ends well, and no line of the metrics is missing."
+    "The disk is full from step 3 to 6: two saves warn, the run ends well, and the metrics are complete."
     done = python(FULL, tmp_path/"run", 3, 7)
     assert done.returncode == 0, done.stderr
     warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert [line.split(" could")[0] for line in warned if "could not be saved" in line] == ["warning: step 4", "warning: step 6"]
+    unsaved = [line.split(" could")[0] for line in warned if "could not be saved" in line]
+    assert unsaved == ["warning: step 4", "warning: step 6"]
     assert any("metrics.jsonl" in line for line in warned) and "Traceback" not in done.stderr
     written = [json.loads(line) for line in (tmp_path/"run"/"metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in written if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert load_latest(tmp_path/"run"/"checkpoints")[1]["step"] == 8 and (tmp_path/"run"/"report.html").exists()
+    assert load_latest(tmp_path/"run"/"checkpoints")[1]["step"] == 8
+    assert (tmp_path/"run"/"report.html").exists()
 
 def test_a_run_that_ends_on_a_full_disk_fails(tmp_path):
-    "The last save cannot be made: exit code 1, one line, and the checkpoint of step 4 is whole; with room again `--resume` ends the run."
+    """The last save fails: exit code 1, one line, and the checkpoint of step 4 is whole.
+
+    With room again, `--resume` completes the run.
+    """
     done = python(FULL, tmp_path/"run", 5, 99)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(errors) == 1 and "step 8 could not be saved" in errors[0] and "--resume" in errors[0] and "Traceback" not in done.stderr
+    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
+    assert "step 8 could not be saved" in errors[0] and "--resume" in errors[0]
     assert load_latest(tmp_path/"run"/"checkpoints")[1]["step"] == 4
-    done = python(FULL.replace("train.ddpm_train()", "sys.argv.append('--resume'); train.ddpm_train()"), tmp_path/"run", 99, 99)
+    done = python(FULL, tmp_path/"run", 99, 99, "--resume")
     assert done.returncode == 0 and load_latest(tmp_path/"run"/"checkpoints")[1]["step"] == 8
 
 def test_cut_and_damaged_lines(tmp_path):
-    "What a kill has cut goes without a word, a damaged line with a warning, and what comes next is not glued to it."
-    for content, warns in ((b'{"step": 1}\n{"step": 2, "lo', 0), (b'{"step": 1}\n\x00\x00\xff\n{"step": 3}\n', 1), (b'[1]\n{"step": 1}\n', 1)):
+    """A line that a kill has cut is dropped without a word, a damaged line with a warning.
+
+    What is written next starts on its own line.
+    """
+    for content, warns in ((b'{"step": 1}\n{"step": 2, "lo', 0),
+                           (b'{"step": 1}\n\x00\x00\xff\n{"step": 3}\n', 1),
+                           (b'[1]\n{"step": 1}\n', 1)):
         (tmp_path/"metrics.jsonl").write_bytes(content)
-        with warnings.catch_warnings(record=True) as caught, Tracker(tmp_path, keep=lambda line: line["step"] <= 2) as tracker:
+        def keep(line): return line["step"] <= 2
+        with warnings.catch_warnings(record=True) as caught, Tracker(tmp_path, keep=keep) as tracker:
             warnings.simplefilter("always")
             tracker.log(2, loss=0.5)
         assert len(caught) == warns and read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "loss": 0.5}]
 
 def test_an_error_or_ctrl_c_inside_of_a_write(tmp_path):
-    "Whatever is raised, the old file is there and no other."
+    "Whatever is raised, the old file stays, and there is no other."
     path = tmp_path/"file"
     write_atomic(path, lambda file: file.write(b"old"))
     for error in (OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()):
@@ -144,8 +172,12 @@ def test_an_error_or_ctrl_c_inside_of_a_write(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
 
 def test_damage_at_random_places(checkpoint):
-    "A flipped bit, a run of zeros, a missing tail: an error that names the file, or the same values to the last bit."
-    good, values, dice, found = checkpoint.read_bytes(), load_checkpoint(checkpoint), random.Random(0), {"refused": 0, "same": 0}
+    """A flipped bit, a run of zeros or a missing tail.
+
+    Either an error names the file, or the values are the same to the last bit.
+    """
+    good, values = checkpoint.read_bytes(), load_checkpoint(checkpoint)
+    dice, found = random.Random(0), {"refused": 0, "same": 0}
     bad = checkpoint.with_name("bad.pth")
     for attempt in range(300):
         at, content = dice.randrange(len(good)), bytearray(good)
@@ -158,45 +190,56 @@ def test_damage_at_random_places(checkpoint):
             assert str(bad) in str(error) and "\n" not in str(error)
             found["refused"] += 1
         else:
-            assert attempt % 3 != 2 and loaded["config"] == values["config"] and loaded["progress"] == values["progress"]
+            assert attempt % 3 != 2
+            assert loaded["config"] == values["config"] and loaded["progress"] == values["progress"]
             assert same_tensors(loaded, values)
             found["same"] += 1
     assert found["refused"] > 200
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>404</html>", bytes(5000), pickle.dumps({"format": 2})], ids=["empty", "start", "html", "zeros", "pickle"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"<html>404</html>", bytes(5000),
+                                     pickle.dumps({"format": 2})],
+                         ids=["empty", "start", "html", "zeros", "pickle"])
 def test_no_checkpoint(tmp_path, content):
-    "One error with path and reason."
+    "One error gives the path and the reason."
     (tmp_path/"x.pth").write_bytes(content)
     for load in (load_checkpoint, load_model):
-        with pytest.raises(DamagedCheckpoint, match="x.pth is damaged or no checkpoint"): load(tmp_path/"x.pth")
+        with pytest.raises(DamagedCheckpoint, match="x.pth is damaged or no checkpoint"):
+            load(tmp_path/"x.pth")
 
 class Trap:
-    "A pickle that makes a folder when it is read."
+    "A pickle that creates a folder when it is read."
     def __init__(self, path): self.path = str(path)
     def __reduce__(self): return os.mkdir, (self.path,)
 
 @pytest.mark.parametrize("how", ["torch", "torch, old format", "pickle", "in a good one"])
 def test_code_in_a_checkpoint_does_not_run(checkpoint, tmp_path, how):
-    "Refused, and nothing ran."
+    "The checkpoint is refused, and its code has not run."
     trap, path = Trap(tmp_path/"trapped"), tmp_path/"trap.pth"
-    if how.startswith("torch"): torch.save({"format": 2, "model": trap}, path, _use_new_zipfile_serialization=how == "torch")
+    if how.startswith("torch"):
+        torch.save({"format": 2, "model": trap}, path, _use_new_zipfile_serialization=how == "torch")
     elif how == "pickle": path.write_bytes(pickle.dumps(trap))
     else:
-        with zipfile.ZipFile(checkpoint) as old, zipfile.ZipFile(path, "w") as new: # a good archive with another pickle in it, checksums and all
-            for name in old.namelist(): new.writestr(name, pickle.dumps(trap, protocol=2) if name.endswith("data.pkl") else old.read(name))
+        # a good archive, with correct checksums, but with another pickle in it
+        trapped = pickle.dumps(trap, protocol=2)
+        with zipfile.ZipFile(checkpoint) as old, zipfile.ZipFile(path, "w") as new:
+            for name in old.namelist():
+                new.writestr(name, trapped if name.endswith("data.pkl") else old.read(name))
     with pytest.raises(DamagedCheckpoint, match="trap.pth"): load_checkpoint(path)
     assert not (tmp_path/"trapped").exists()
-    pickle.loads(pickle.dumps(trap)) # the trap does work
+    pickle.loads(pickle.dumps(trap)) # the trap does work when it is read like this
     assert (tmp_path/"trapped").exists()
 
 def altered(checkpoint, **changes):
-    "A copy with other values."
+    "A copy with some values changed."
     values = torch.load(checkpoint, weights_only=True)
     torch.save({**values, **changes}, checkpoint.with_name("altered.pth"))
     return checkpoint.with_name("altered.pth")
 
 def test_another_format_is_no_damage(checkpoint):
-    "A newer or older version is named; `load_latest` does not quietly take an older checkpoint instead."
+    """The error names a newer or older version.
+
+    `load_latest` does not quietly take an older checkpoint instead.
+    """
     for number, says in ((99, "newer version"), (1, "older version")):
         path = altered(checkpoint, format=number)
         with pytest.raises(CheckpointError, match=says) as raised: load_checkpoint(path)
@@ -206,27 +249,35 @@ def test_another_format_is_no_damage(checkpoint):
         with pytest.raises(CheckpointError, match=says): load_latest(checkpoint.parent)
 
 def test_the_optimizer_remembers_in_the_order_of_the_weights(tmp_path):
-    "A checkpoint of a GPU has another memory format than a CPU's network. The fused AdamW would take each number for its neighbour's, and say nothing."
+    """A checkpoint from a GPU has another memory format than a network on the CPU.
+
+    The fused AdamW would take each number for its neighbour's, without any error.
+    """
     config = replace(CONFIG, model=replace(NETWORK, base_channels=16, num_groups=1))
     def state(): return new_state(new_model(config), config.train)
     def step(state):
-        for number, weight in enumerate(state.model.parameters()): weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+        for number, weight in enumerate(state.model.parameters()):
+            drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+            weight.grad = torch.empty_like(weight).copy_(drawn)
         state.optimizer.step()
     ours, other = state(), state()
     assert any(not weight.is_contiguous() for weight in ours.model.parameters())
     step(ours)
     save_checkpoint(tmp_path/"gpu.pth", ours, config, {})
     checkpoint = load_checkpoint(tmp_path/"gpu.pth")
-    for memory in checkpoint["optimizer"]["state"].values(): memory.update({name: memory[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
+    for memory in checkpoint["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"): memory[name] = memory[name].contiguous()
     restore(other, checkpoint)
     step(ours)
     step(other)
     for a, b in zip(ours.model.parameters(), other.model.parameters()): assert torch.equal(a, b)
 
 def test_nothing_that_is_no_number_is_saved(tmp_path):
-    "In a weight, an average or the optimizer's memory; the older file stays."
-    for spoil in (lambda state: next(state.model.parameters()), lambda state: next(state.ema.parameters()),
-                  lambda state: next(iter(state.optimizer.state.values()))["exp_avg_sq"]):
+    "NaN or infinity in a weight, in an average or in the optimizer's memory: the older file stays."
+    def a_weight(state): return next(state.model.parameters())
+    def an_average(state): return next(state.ema.parameters())
+    def a_memory(state): return next(iter(state.optimizer.state.values()))["exp_avg_sq"]
+    for spoil in (a_weight, an_average, a_memory):
         for value in (float("nan"), float("inf")):
             state = fresh_state()
             save_run(tmp_path, state, CONFIG, {})
@@ -236,37 +287,44 @@ def test_nothing_that_is_no_number_is_saved(tmp_path):
             assert (tmp_path/"latest.pth").read_bytes() == before
 
 def test_the_last_few_and_the_best_are_kept(tmp_path):
-    "Three by step, the newest, the best; of one save all names are one file."
+    "The last three, the newest and the best are kept. Several names of one save share one file."
     state = fresh_state()
     for step, best in ((1, True), (2, False), (3, True), (4, False), (5, False), (6, False)):
         state.step = step
         assert save_run(tmp_path, state, CONFIG, {}, is_best=best)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model.pth", "latest.pth", *(f"step_{step:08}.pth" for step in (4, 5, 6))]
-    assert load_checkpoint(tmp_path/"best_model.pth")["step"] == 3 and os.path.samefile(tmp_path/"latest.pth", tmp_path/"step_00000006.pth")
+    names = ["best_model.pth", "latest.pth", *(f"step_{step:08}.pth" for step in (4, 5, 6))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert load_checkpoint(tmp_path/"best_model.pth")["step"] == 3
+    assert os.path.samefile(tmp_path/"latest.pth", tmp_path/"step_00000006.pth")
 
 def test_a_disk_without_hard_links(tmp_path, monkeypatch):
-    "Then the names are copies."
+    "Without hard links, the names are copies."
     def refuse(*_): raise PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(os, "link", refuse)
     assert save_run(tmp_path, fresh_state(), CONFIG, {}, is_best=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model.pth", "latest.pth", "step_00000000.pth"]
+    names = ["best_model.pth", "latest.pth", "step_00000000.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert all(load_checkpoint(path)["step"] == 0 for path in tmp_path.iterdir())
 
 def test_the_newest_whole_one_is_taken(tmp_path):
-    "However many are damaged; each is named; if all are, that is said."
+    "However many are damaged, each is named. If all are damaged, the error says so."
     state = fresh_state()
     for state.step in (1, 2, 3): save_run(tmp_path, state, CONFIG, {}, is_best=state.step == 1)
     for name, step in (("latest.pth", 2), ("step_00000002.pth", 1)):
         (tmp_path/name).write_bytes((tmp_path/name).read_bytes()[:-100])
-        with pytest.warns(UserWarning, match="damaged") as caught: assert load_latest(tmp_path)[1]["step"] == step
-        assert len(caught) == {2: 1, 1: 2}[step] # a file under two names is tried once
+        with pytest.warns(UserWarning, match="damaged") as caught: latest = load_latest(tmp_path)
+        assert latest[1]["step"] == step
+        assert len(caught) == {2: 1, 1: 2}[step] # a file with two names is tried once
     (tmp_path/"step_00000001.pth").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"), pytest.warns(UserWarning): load_latest(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"), pytest.warns(UserWarning):
+        load_latest(tmp_path)
 
 def test_leftovers_are_swept(tmp_path):
-    "Half-written files of the run go at the next start, and only they."
+    "The next start removes half-written files of the run, and no others."
     for folder in ("checkpoints", "samples"): (tmp_path/folder).mkdir()
-    for name in ("checkpoints/latest.pth.partial", "samples/epoch_001.png.partial", "config.json.partial", "film.partial", "samples/grid.png.partial", "checkpoints/latest.pth"):
+    for name in ("checkpoints/latest.pth.partial", "samples/epoch_001.png.partial", "config.json.partial",
+                 "film.partial", "samples/grid.png.partial", "checkpoints/latest.pth"):
         (tmp_path/name).write_bytes(b"x")
     remove_partial_files(tmp_path)
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"film.partial", "grid.png.partial", "latest.pth"}
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"film.partial", "grid.png.partial", "latest.pth"}

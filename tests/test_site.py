@@ -1,4 +1,7 @@
-"The site of `make docs` as its reader finds it, in a real browser: formulas, search, dark mode, a phone. And what no page may have: a broken link, a picture without words, a raw directive."
+"""The site of `make docs` as its reader finds it, in a real browser: formulas, search, dark mode, a phone.
+
+And what no page may have: a broken link, a picture without a description, a raw directive.
+"""
 import re
 import subprocess
 import sys
@@ -38,8 +41,9 @@ def address(site):
 
 
 def set_formulas(page):
-    "Waits until KaTeX has been at work."
-    page.wait_for_function("() => [...document.querySelectorAll('.math')].every(m => m.querySelector('.katex'))")
+    "Waits until KaTeX has set every formula."
+    all_set = "[...document.querySelectorAll('.math')].every(m => m.querySelector('.katex'))"
+    page.wait_for_function(f"() => {all_set}")
 
 
 def pages(site): return {path.stem: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
@@ -51,10 +55,12 @@ def test_every_notebook_has_a_page(site):
 
 
 def test_links_into_pages(site):
-    "What stands behind the # is there."
+    "Every link with a # leads to an anchor that exists."
     found = pages(site)
     ids = {name: set(re.findall(r'\bid="([^"]+)"', page)) for name, page in found.items()}
-    links = [(name, target or name, anchor) for name, page in found.items() for target, anchor in re.findall(r'<a [^>]*href="(?:\./)?(?:(\w+)\.html)?#([^"]+)"', page)]
+    link = re.compile(r'<a [^>]*href="(?:\./)?(?:(\w+)\.html)?#([^"]+)"')
+    links = [(name, target or name, anchor)
+             for name, page in found.items() for target, anchor in link.findall(page)]
     assert len(links) > 500
     assert not [link for link in links if link[2] not in ids.get(link[1], ())]
 
@@ -65,7 +71,8 @@ def test_every_picture_has_words(site):
         tags = re.findall(r"<img[^>]*>", page[page.index("<main"):page.index("</main>")])
         seen += len(tags)
         silent = [tag for tag in tags if not re.search(r'alt="[^"]{10,}"', tag)]
-        assert not silent, f"{name}: {len(silent)} pictures without a text, the first one {silent[0][-80:]}"
+        first = silent[0][-80:] if silent else ""
+        assert not silent, f"{name}: {len(silent)} pictures without a description, the first is {first}"
     assert seen > 200
 
 
@@ -74,20 +81,28 @@ def test_no_directive_is_left(site):
 
 
 def test_functions_lead_to_their_source(site):
-    "Each exported function has its place in its lesson, with a link to the line in the repository."
+    "Each exported function has its place in its lesson, with a link to its line in the repository."
     from ddpm_tutorial._modidx import d
+    repository = "https://github.com/ddpm-tutorial/ddpm-tutorial/blob/main"
     for module, symbols in d["syms"].items():
         for name, (place, _) in symbols.items():
             page, _, anchor = place.partition("#")
             if "." in name.removeprefix(module + ".") or anchor.startswith("_"): continue
             text = (site/page).read_text(encoding="utf-8")
             assert f'id="{anchor.lower()}"' in text.lower(), f"{name}: no {anchor} in {page}"
-            assert f'href="https://github.com/ddpm-tutorial/ddpm-tutorial/blob/main/{module.replace(".", "/")}.py#L' in text, name
+            assert f'href="{repository}/{module.replace(".", "/")}.py#L' in text, name
 
+
+# the text of a page without code and formulas
+WORDS = """() => {
+    const main = document.querySelector('main').cloneNode(true);
+    main.querySelectorAll('pre, code, .katex, svg').forEach(e => e.remove());
+    return main.textContent;
+}"""
 
 @needed
 def test_formulas(address, site):
-    "All of them are set, by the site's own KaTeX. No page complains, or asks for anything from elsewhere."
+    "The site's own KaTeX sets all of them. No page complains, or asks for anything from elsewhere."
     formulas = 0
     with chromium() as context:
         page = context.new_page()
@@ -96,8 +111,7 @@ def test_formulas(address, site):
             set_formulas(page)
             formulas += page.locator(".katex").count()
             assert page.locator(".katex-error").count() == 0, name
-            words = page.evaluate("() => { const m = document.querySelector('main').cloneNode(true); m.querySelectorAll('pre, code, .katex, svg').forEach(e => e.remove()); return m.textContent }")
-            assert not re.findall(r"\$|\\[a-zA-Z]", words), f"{name}: a raw formula"
+            assert not re.findall(r"\$|\\[a-zA-Z]", page.evaluate(WORDS)), f"{name}: a raw formula"
     assert formulas > 500 and not context.complaints
     assert all(url.startswith((address, "data:")) for url in context.requests)
 
@@ -116,11 +130,13 @@ def test_search_finds_a_lesson(address):
 
 @needed
 def test_dark_mode(address):
-    "Paper and letters change places, and the choice goes along to the next page."
-    brightness = "e => getComputedStyle(e)[%r].match(/[0-9]+/g).slice(0, 3).reduce((sum, v) => sum + Number(v), 0)/3"
+    "Background and letters change places, and the next page keeps the choice."
+    brightness = ("e => getComputedStyle(e)[%r].match(/[0-9]+/g).slice(0, 3)"
+                  ".reduce((sum, v) => sum + Number(v), 0)/3")
     def look(page):
         page.wait_for_timeout(300)
-        return [page.locator(where).first.evaluate(brightness % what) for where, what in (("body", "backgroundColor"), ("main p", "color"), (".sidebar-title a", "color"))]
+        places = (("body", "backgroundColor"), ("main p", "color"), (".sidebar-title a", "color"))
+        return [page.locator(where).first.evaluate(brightness % what) for where, what in places]
     with chromium(color_scheme="light") as context:
         page = context.new_page()
         page.goto(f"{address}/embeddings.html")
@@ -133,17 +149,28 @@ def test_dark_mode(address):
         assert look(page)[0] < 60 and not context.complaints
 
 
+# elements that reach beyond the screen, unless one around them scrolls
+OVERHANG = """() => {
+    const scrolls = e => {
+        for (let p = e; p; p = p.parentElement)
+            if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return true;
+        return false;
+    };
+    return [...document.querySelectorAll('main *')]
+        .filter(e => !e.closest('.katex-mathml, svg') && e.getBoundingClientRect().right > 392 && !scrolls(e))
+        .map(e => e.outerHTML.slice(0, 120));
+}"""
+
 @needed
 def test_on_a_phone(address, site):
-    "Nothing is wider than the screen but what scrolls by itself, and the menu opens."
+    "Nothing is wider than the screen unless it scrolls by itself, and the menu opens."
     with chromium(viewport={"width": 390, "height": 800}) as context:
         page = context.new_page()
         for name in pages(site):
             page.goto(f"{address}/{name}.html")
             set_formulas(page)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
-            overhang = page.evaluate("""() => [...document.querySelectorAll('main *')].filter(e => !e.closest('.katex-mathml, svg') && e.getBoundingClientRect().right > 392 && ![...function*() {
-                for (let p = e; p; p = p.parentElement) yield p }()].some(p => ['auto', 'scroll'].includes(getComputedStyle(p).overflowX))).map(e => e.outerHTML.slice(0, 120))""")
+            overhang = page.evaluate(OVERHANG)
             assert not overhang, f"{name}: {overhang[0]}"
         entry = page.locator("#quarto-sidebar a", has_text="05 The noise schedule").first
         playwright.expect(entry).not_to_be_in_viewport()

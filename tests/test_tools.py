@@ -1,4 +1,4 @@
-"The scripts that measure for hours, in their quick form: they run, go on where they ended, and write what was found."
+"The scripts that measure for hours, with --quick: they run, continue, and write what they found."
 import json
 import subprocess
 import sys
@@ -12,26 +12,37 @@ def run(script, *options, cwd):
     return done.stdout
 
 def test_sampling_quality(tmp_path):
-    "Every method and the real images; a second call draws nothing again, and other settings do not go into the same file."
+    """Every method and the real images.
+
+    A second call draws nothing again, and other settings need another file.
+    """
     command = ["sampling_quality.py", "--quick", "--seeds", "1", "--output", "found.json"]
     said = run(*command, cwd=tmp_path)
     result = json.loads((tmp_path/"found.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert rows.keys() == {"real", "ddpm", "ddim", "dpm++", "dpm++ log_snr", "dpm++ whole stride"} and result["num_samples"] == 40
+    methods = {"real", "ddpm", "ddim", "dpm++", "dpm++ log_snr", "dpm++ whole stride"}
+    assert rows.keys() == methods and result["num_samples"] == 40
     assert all(row["frechet_distance"] > 0 and 0 <= row["class_agreement"] <= 1 for row in rows.values())
     assert f"{rows['ddim']['frechet_distance']:.4f}" in said
-    assert "seed 0" not in run(*command, cwd=tmp_path) and json.loads((tmp_path/"found.json").read_text()) == result
+    assert "seed 0" not in run(*command, cwd=tmp_path)
+    assert json.loads((tmp_path/"found.json").read_text()) == result
     (tmp_path/"found.json").write_text(json.dumps(result | {"guidance_scale": 9.}))
-    other = subprocess.run([sys.executable, TOOLS/command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+    again = [sys.executable, TOOLS/command[0], *command[1:]]
+    other = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
     assert other.returncode == 1 and "other settings" in other.stderr
 
 def test_ablation(tmp_path):
-    "Each variant differs from the recipe by the options that are told; the raw weights are those of the recipe's own run."
+    """Each variant differs from the recipe by the options that it names.
+
+    The raw weights are those of the recipe's run.
+    """
     said = run("ablation.py", "--quick", cwd=tmp_path)
     folder = tmp_path/"outputs"/"ablation"
     recipe, batches, raw = json.loads((folder/"ablation.json").read_text())["rows"]
     settings = [json.loads((folder/name/"config.json").read_text())["train"] for name in "01"]
-    assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"batch_size", "warmup_steps"}
-    assert "averaged weights" in recipe["what"] and "raw weights" in raw["what"] and raw["validation_loss"] is None
+    different = {name for name in settings[0] if settings[0][name] != settings[1][name]}
+    assert different == {"batch_size", "warmup_steps"}
+    assert "averaged weights" in recipe["what"]
+    assert "raw weights" in raw["what"] and raw["validation_loss"] is None
     assert said.count("ddpm_tutorial.run.train ") == 2 and said.count("ddpm_tutorial.run.evaluate ") == 3
     assert recipe["validation_loss"] > 0 and 0 <= batches["class_agreement"] <= 1

@@ -69,5 +69,6 @@ def test_a_run_of_0_6_goes_on(tmp_path):
 def test_a_checkpoint_of_0_6_draws(stored):
     "And its samples are finite, and not all alike."
     model, config = load_model(RUN/"checkpoints"/"step_00000006.pth")
-    for step in sampling_steps(model, config, torch.arange(10), generator=random_generator(0)): pass
+    labels = {"labels": torch.arange(10)}
+    for step in sampling_steps(model, config, 10, labels, generator=random_generator(0)): pass
     close(step.x.numpy(), stored["samples_of_0_6"])

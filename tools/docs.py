@@ -1,6 +1,7 @@
-"""The site in _docs, without a network: what `nbdev_docs` gives to Quarto (processed notebooks and _quarto.yml) goes to smalldocs.
+"""Builds the site in _docs without a network: smalldocs gets what `nbdev_docs` would give to Quarto
+(processed notebooks and _quarto.yml).
 
-usage: python tools/docs.py [FOLDER]          default: _docs; a link to a page that is not there is an error
+usage: python tools/docs.py [FOLDER]          default: _docs; a link to a page that does not exist is an error
 """
 import os
 import re
@@ -20,23 +21,32 @@ def rewrite(path: Path, change):
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 def name_as_linked(folder: Path):
-    "05_scheduler.ipynb becomes scheduler.ipynb, everywhere: Quarto reads that from `output-file`, smalldocs names a page after its notebook."
-    new = {path.name: _nbpath2html(path.relative_to(folder)).with_suffix(".ipynb").name for path in folder.glob("*.ipynb")}
-    def renamed(text): return re.sub(r"\b\d\d[a-z]?_\w+\.ipynb", lambda found: new.get(found[0], found[0]), re.sub(r'\s*"output-file: .*\\n",', "", text))
-    for path in [*folder.glob("*.ipynb"), folder/"_quarto.yml"]: rewrite(path, renamed)
+    """Renames the notebooks everywhere, for instance 05_scheduler.ipynb to scheduler.ipynb.
+
+    Quarto takes the name of a page from `output-file`, smalldocs from the notebook.
+    """
+    notebooks = list(folder.glob("*.ipynb"))
+    new = {path.name: _nbpath2html(path.relative_to(folder)).with_suffix(".ipynb").name for path in notebooks}
+    def renamed(text):
+        text = re.sub(r'\s*"output-file: .*\\n",', "", text)
+        return re.sub(r"\b\d\d[a-z]?_\w+\.ipynb", lambda found: new.get(found[0], found[0]), text)
+    for path in [*notebooks, folder/"_quarto.yml"]: rewrite(path, renamed)
     for old, name in new.items(): (folder/old).rename(folder/name)
 
 def link_within(folder: Path):
-    "nbdev links to a function by the address of the published site; here its page lies beside."
+    "nbdev links to a function on the published site. Here its page is in the same folder."
     config = get_config()
     published = config.doc_host.rstrip("/") + "/" + config.doc_baseurl.strip("/") + "/"
     for path in folder.glob("*.ipynb"): rewrite(path, lambda text: text.replace(published, "./"))
 
 def leave_the_network(site: Path):
-    "KaTeX comes from this repository, letters from the reader's machine."
+    "KaTeX comes from this repository, fonts from the reader's machine."
     shutil.copytree(ROOT/"tools"/"katex", site/"site_libs"/"katex")
-    for page in site.glob("*.html"): rewrite(page, lambda text: re.sub(r'https://[^"]+/katex@[\d.]+/dist(/contrib)?', "site_libs/katex", text))
-    for theme in site.glob("site_libs/themes/*.css"): rewrite(theme, lambda text: re.sub(r"@import url\(https://[^)]*\);", "", text))
+    def local_katex(text):
+        return re.sub(r'https://[^"]+/katex@[\d.]+/dist(/contrib)?', "site_libs/katex", text)
+    def no_imports(text): return re.sub(r"@import url\(https://[^)]*\);", "", text)
+    for page in site.glob("*.html"): rewrite(page, local_katex)
+    for theme in site.glob("site_libs/themes/*.css"): rewrite(theme, no_imports)
 
 def main():
     warnings.simplefilter("ignore", SyntaxWarning)
@@ -47,11 +57,12 @@ def main():
     name_as_linked(work)
     link_within(work)
     done = subprocess.run([Path(sys.executable).parent/"smalldocs", "render", "--strict", "--quiet", work])
-    if not (work/"_docs").exists(): sys.exit("error: smalldocs has made no site, see above")
+    if not (work/"_docs").exists(): sys.exit("error: smalldocs made no site, see its messages above")
     shutil.move(work/"_docs", site)
     shutil.rmtree(work)
     leave_the_network(site)
     if done.returncode: sys.exit("error: the site has faults, see the warnings above")
-    print(f"{len(list(site.glob('*.html')))} pages. To read and search them: python -m http.server --directory {site}, and open http://localhost:8000")
+    print(f"{len(list(site.glob('*.html')))} pages. To read and search them: "
+          f"python -m http.server --directory {site}, and open http://localhost:8000")
 
 if __name__ == "__main__": main()

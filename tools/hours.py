@@ -1,7 +1,9 @@
-"""How long it takes to work through a lesson: an estimate, by one rule for all of them.
+"""Estimates how long it takes to work through a lesson, by one rule for all of them.
 
-usage: python tools/hours.py [--write]    150 words a minute, half a minute for each code cell, ten minutes for each exercise
-                                          --write: put it into the table of nbs/index.ipynb, in half hours (then run tools/readme.py)
+usage: python tools/hours.py [--write]
+
+The rule: 150 words a minute, half a minute for each code cell, ten minutes for each exercise. --write puts
+the estimates into the table of nbs/index.ipynb, in half hours. Run tools/readme.py afterwards.
 """
 import json
 import re
@@ -12,24 +14,27 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent/"nbs"
 
 def minutes(path: Path) -> float:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    prose = [word for cell in cells if cell["cell_type"] == "markdown" for word in "".join(cell["source"]).split()]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    def texts(kind): return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+    words = " ".join(texts("markdown")).split()
+    code = texts("code")
     exercises = sum('#| code-summary: "The checker"' in source for source in code)
-    return len(prose)/150 + 0.5*len(code) + 10*exercises
+    return len(words)/150 + 0.5*len(code) + 10*exercises
 
-def lessons(): # the rest is to look things up
+def lessons(): # from 95 on, the notebooks are for looking things up
     return [path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if int(path.name[:2]) < 95]
 
 def in_halves(estimate: float) -> str:
     halves = max(1, round(estimate/30))
-    return f"{halves//2 or ''}{'½'*(halves % 2)}"
+    half = "½" if halves % 2 else ""
+    return f"{halves//2 or ''}{half}"
 
 def write(index: Path):
     notebook = json.loads(index.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         for path in lessons():
-            text = re.sub(rf"(?m)^(\| \d\d[a-z]? \| .*?\({path.name}\) \|) [\d½]+ \|", rf"\1 {in_halves(minutes(path))} |", text)
+            row = rf"(?m)^(\| \d\d[a-z]? \| .*?\({path.name}\) \|) [\d½]+ \|"
+            text = re.sub(row, rf"\1 {in_halves(minutes(path))} |", text)
         cell["source"] = text.splitlines(keepends=True)
     index.write_text(json.dumps(notebook, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""README.md from nbs/index.ipynb, without Quarto.
+"""Makes README.md from nbs/index.ipynb, without Quarto.
 
-usage: python tools/readme.py [--check]      --check: exit 1 if README.md is out of date, change nothing
+usage: python tools/readme.py [--check]      --check: change nothing, exit with 1 if README.md is out of date
 """
 import re
 import sys
@@ -19,11 +19,12 @@ def readme(index: Path) -> str:
             code = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
             parts.append(f"```python\n{code}\n```")
     text = "\n\n".join(parts) + "\n"
-    return re.sub(r"\]\((?!https?:|#)", "](nbs/", text) # images and lessons lie beside index.ipynb
+    return re.sub(r"\]\((?!https?:|#)", "](nbs/", text) # images and lessons are in the folder of index.ipynb
 
 def main():
-    wanted, file = readme(ROOT/"nbs"/"index.ipynb"), ROOT/"README.md"
+    file, wanted = ROOT/"README.md", readme(ROOT/"nbs"/"index.ipynb")
     if "--check" not in sys.argv: file.write_text(wanted, encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != wanted: sys.exit("error: README.md is out of date; run python tools/readme.py")
+    elif file.read_text(encoding="utf-8") != wanted:
+        sys.exit("error: README.md is out of date; run python tools/readme.py")
 
 if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""Run notebooks as a reader does, top to bottom, and store clean outputs.
+"""Runs notebooks as a reader does, top to bottom, and stores clean outputs.
 
 usage: python tools/refresh.py [nbs/03_attention.ipynb ...]      default: all lessons, one after the other
 """
@@ -16,8 +16,9 @@ from nbdev.clean import clean_nb
 ROOT = Path(__file__).resolve().parent.parent
 
 def skipped(source: str, flags: list[str]) -> bool:
-    "Cells that nbdev does not run either."
-    return bool(re.search(rf"^\s*#\s*\|\s*(eval:\s*false|{'|'.join(flags)})\s*$", source, re.M)) or "nbdev_export(" in source
+    "nbdev does not run these cells either."
+    not_run = rf"^\s*#\s*\|\s*(eval:\s*false|{'|'.join(flags)})\s*$"
+    return bool(re.search(not_run, source, re.M)) or "nbdev_export(" in source
 
 class Client(NotebookClient):
     flags: list[str] = []
@@ -26,25 +27,34 @@ class Client(NotebookClient):
         if cell.cell_type == "code" and skipped(cell.source, self.flags): return cell
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
+def has_widget(cell) -> bool:
+    kind = "application/vnd.jupyter.widget-view+json"
+    return any(kind in output.get("data", {}) for output in cell.get("outputs", []))
+
 def refresh(path: Path, flags: list[str], kept: list[str]):
     notebook, start = nbformat.read(path, 4), time.perf_counter()
-    client = Client(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    resources = {"metadata": {"path": str(path.parent)}}
+    client = Client(notebook, timeout=600, kernel_name="python3", resources=resources)
     client.flags = flags
     client.execute()
-    warnings = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    warnings = [output.text for output in outputs if output.get("name") == "stderr"]
     for cell in notebook.cells:
-        cell.get("metadata", {}).pop("execution", None)                         # times of each cell
-        if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in cell.get("outputs", [])): cell.outputs = [] # a slider without its kernel is dead
-    notebook.metadata.pop("widgets", None)                                      # random ids, other ones each time
+        cell.get("metadata", {}).pop("execution", None)     # times of each cell
+        if has_widget(cell): cell.outputs = []              # a slider does nothing without its kernel
+    notebook.metadata.pop("widgets", None)                  # random ids that change each time
     notebook.metadata.pop("language_info", None)
     clean_nb(notebook, allowed_cell_metadata_keys=kept)
     path.write_text(nbformat.writes(notebook, 4) + "\n", encoding="utf-8")
-    print(f"{path.name}: {time.perf_counter() - start:.0f} s" + "".join(f"\n  stderr: {text.strip()[:300]}" for text in warnings), flush=True)
+    print(f"{path.name}: {time.perf_counter() - start:.0f} s"
+          + "".join(f"\n  stderr: {text.strip()[:300]}" for text in warnings), flush=True)
 
 def main():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini", encoding="utf-8")
     os.environ["TQDM_DISABLE"] = "1" # progress bars are not part of a lesson's text
-    for name in sys.argv[1:] or sorted((ROOT/"nbs").glob("*.ipynb")): refresh(Path(name).resolve(), *(config["DEFAULT"][key].split() for key in ("tst_flags", "allowed_cell_metadata_keys")))
+    flags, kept = (config["DEFAULT"][key].split() for key in ("tst_flags", "allowed_cell_metadata_keys"))
+    names = sys.argv[1:] or sorted((ROOT/"nbs").glob("*.ipynb"))
+    for name in names: refresh(Path(name).resolve(), flags, kept)
 
 if __name__ == "__main__": main()

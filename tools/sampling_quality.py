@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample, to_uint8
+from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
 from ddpm_tutorial.fast_sampling import METHODS, dpm_solver_steps
 from ddpm_tutorial.metrics import matched_subset, compute_metrics, load_classifier, extract_features
 from ddpm_tutorial.run.checkpoint import load_pretrained
@@ -74,7 +74,7 @@ def main():
         else:
             sampling = replace(config.sampling, method=method, num_inference_steps=steps)
             drawn = draw_samples(model, replace(config, sampling=sampling), labels, generator=random_generator(seed, Stream.SAMPLES), precision=precision)
-            images = ImageData(to_uint8(drawn), labels, CLASSES)
+            images = ImageData(drawn, labels, CLASSES)
         row = dict(method=method, steps=steps, seed=seed, seconds=time.perf_counter() - start, **compute_metrics(images, reference, seen, classifier))
         result["rows"].append(row)
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
