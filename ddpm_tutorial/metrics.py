@@ -18,8 +18,6 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from .data import CLASSES, ImageData, to_float
@@ -144,6 +142,7 @@ def frechet_distance(
     """Fréchet distance of two clouds of points, each treated as a Gaussian.
 
     Equation 6 of [1706.08500](https://arxiv.org/abs/1706.08500), computed by torchmetrics."""
+    from torchmetrics.image.fid import FrechetInceptionDistance # here: it takes seconds to load
     metric = FrechetInceptionDistance(feature=identity_extractor(one.shape[1]))
     for points, real in ((one, True), (other, False)): metric.update(points.double(), real=real)
     return metric.compute().item()
@@ -157,6 +156,7 @@ def kernel_distance(
     """Squared maximum mean discrepancy with a cubic kernel, unbiased.
 
     Section 4 of [1801.01401](https://arxiv.org/abs/1801.01401), computed by torchmetrics."""
+    from torchmetrics.image.kid import KernelInceptionDistance
     size = min(500, len(one)//2, len(other)//2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # it warns that it keeps all features, which it must

@@ -117,7 +117,7 @@ def test_snr(T):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_four_predictions_say_the_same(schedule):
+def test_three_predictions_say_the_same(schedule):
     "Each target, put out by a perfect model, converts to the same x0 and the same noise, at every time."
     t = torch.arange(200)
     x0, noise = some_images(len(t))

@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from ..data import (CLASSES, ImageData, load_fashion_mnist, load_images, load_sample,
@@ -64,6 +63,7 @@ def inception_distance(
     """FID on Inception's features, by torchmetrics. Do not compare it with `frechet_distance`.
 
     Raises `ConfigError` if Inception cannot be loaded."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
     try: metric = FrechetInceptionDistance(feature=2048)
     except (ModuleNotFoundError, OSError) as error:
         raise ConfigError(f"inception: {str(error).splitlines()[0]} "
