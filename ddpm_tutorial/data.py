@@ -13,6 +13,7 @@ import hashlib
 import os
 import tempfile
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -149,8 +150,10 @@ def image_grid(
 def to_pil(
     picture: Tensor # uint8 (C, H, W)
 ):                  # a PIL image
-    "A picture for Pillow, which can save it."
+    "A picture for Pillow, which can save it. Raises `TypeError` for anything but bytes."
     from PIL import Image
+    if picture.dtype != torch.uint8:
+        raise TypeError(f"to_pil takes a uint8 picture (to_uint8 makes one), not {picture.dtype}")
     array = picture.permute(1, 2, 0).numpy()
     return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
@@ -277,6 +280,7 @@ def _load_folder(folder: Path, resize: int | None) -> ImageData:
 
 # %% ../nbs/01_data.ipynb #01-own-npz
 def _load_npz(file: Path) -> ImageData:
+    if not zipfile.is_zipfile(file): raise DataError(f"{file} cannot be read as .npz (it is no zip archive)")
     try:
         with np.load(file) as arrays: found = {name: arrays[name] for name in arrays.files}
     except Exception as error: # numpy, zipfile and zlib each raise their own

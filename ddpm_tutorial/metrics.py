@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLASSIFIER', 'CLASSIFIER_SHA256', 'Classifier', 'classification_objective', 'train_classifier', 'load_classifier',
-           'ClassifierOutput', 'extract_features', 'class_agreement', 'identity_extractor', 'frechet_distance',
-           'kernel_distance', 'density_and_coverage', 'nearest_distance', 'compute_metrics', 'matched_subset',
-           'paired_difference']
+           'ClassifierOutput', 'MetricError', 'extract_features', 'class_agreement', 'identity_extractor',
+           'frechet_distance', 'kernel_distance', 'density_and_coverage', 'nearest_distance', 'compute_metrics',
+           'matched_subset', 'paired_difference']
 
 # %% ../nbs/15_metrics.ipynb #e912b7d1
 import hashlib, math, warnings
@@ -103,6 +103,9 @@ class ClassifierOutput(NamedTuple):
     features: Tensor   # float32 (n, 128)
     classes: Tensor    # int64 (n,): the most probable class
 
+class MetricError(ValueError):
+    "Images that a metric cannot work with."
+
 @torch.no_grad()
 def extract_features(
     images: Tensor,         # uint8 (n, 1, 28, 28)
@@ -111,10 +114,10 @@ def extract_features(
 ) -> ClassifierOutput:      # on the CPU
     """Features and classes, computed batch by batch on the classifier's device.
 
-    Raises `ValueError` for images of another size."""
+    Raises `MetricError` for images of another size."""
     if images.shape[1:] != (1, 28, 28):
         size = "x".join(map(str, images.shape[1:]))
-        raise ValueError(f"the classifier knows images of 1x28x28 pixels, not {size}")
+        raise MetricError(f"the classifier knows images of 1x28x28 pixels, not {size}")
     parts, device = images.split(batch_size), next(classifier.parameters()).device
     features = torch.cat([classifier.features(to_float(part.to(device))) for part in parts])
     return ClassifierOutput(features.cpu(), classifier.head(features).argmax(dim=1).cpu())
@@ -217,14 +220,14 @@ def matched_subset(
     labels: Tensor,  # (n,): the classes to have
     seed: int=0
 ) -> ImageData:      # n images with these classes, none twice
-    "Real images with the same number of each class. Raises `ValueError` if there are too few."
+    "Real images with the same number of each class. Raises `MetricError` if there are too few."
     order, chosen = torch.randperm(len(data), generator=random_generator(seed, Stream.MATCHING)), []
     for label, wanted in zip(*labels.unique(return_counts=True)):
         there = order[data.labels[order] == label]
         if len(there) < wanted:
             of_class = f" of class {data.classes[label]!r}" if data.classes else ""
-            raise ValueError(f"{wanted} samples{of_class} need as many real images to compare with, "
-                             f"and there are {len(there)}: take fewer samples")
+            raise MetricError(f"{wanted} samples{of_class} need as many real images to compare with, "
+                              f"and there are {len(there)}: take fewer samples")
         chosen.append(there[:wanted])
     return data[torch.cat(chosen)]
 

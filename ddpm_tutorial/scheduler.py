@@ -59,9 +59,17 @@ def cosine_betas(
 VARIANCE_TYPES = ("fixed_small", "fixed_large")
 
 # %% ../nbs/05_scheduler.ipynb #05-straight
-def linear_path(num_steps: int): return from_betas(linear_betas(num_steps))
+def linear_path(
+    num_steps: int # T, at least 21
+) -> tuple[Tensor, Tensor]: # signal and sigma, each float64 (T,)
+    "The path of `linear_betas`."
+    return from_betas(linear_betas(num_steps))
 
-def cosine_path(num_steps: int): return from_betas(cosine_betas(num_steps))
+def cosine_path(
+    num_steps: int # T, at least 1
+) -> tuple[Tensor, Tensor]: # signal and sigma, each float64 (T,)
+    "The path of `cosine_betas`."
+    return from_betas(cosine_betas(num_steps))
 
 def flow_path(
     num_steps: int # T, at least 1

@@ -65,7 +65,8 @@ def flow_denoiser(T, prediction_type, mean, std):
         signal, sigma = flow(T, int(t[0]))
         x0 = mean + signal*std**2/(signal**2*std**2 + sigma**2)*(x - signal*mean)
         noise = (x - signal*x0)/sigma
-        return {"sample": x0, "epsilon": noise, "v_prediction": signal*noise - sigma*x0, "flow": noise - x0}[prediction_type]
+        velocity = signal*noise - sigma*x0
+        return {"sample": x0, "epsilon": noise, "v_prediction": velocity, "flow": noise - x0}[prediction_type]
     return model
 
 

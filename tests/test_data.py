@@ -256,12 +256,26 @@ def test_batches():
 
 
 def test_a_batch_is_what_a_model_sees():
-    "Images go through the codec, labels become conditions; without classes there are none. Any size is allowed."
-    data = ImageData(torch.from_numpy(random_images(6, 4, 5))[:, None], torch.arange(6) % 3, ("a", "b", "c"))
-    x0, cond = data.batch(torch.tensor([4, 1]), "cpu")
-    assert torch.equal(x0, PIXELS.encode(data.images[[4, 1]])) and torch.equal(PIXELS.decode(x0), data.images[[4, 1]])
+    "Images go through the codec, labels become conditions. Any size is allowed."
+    pixels = torch.from_numpy(random_images(6, 4, 5))[:, None]
+    data = ImageData(pixels, torch.arange(6) % 3, ("a", "b", "c"))
+    (x0, cond), two = data.batch(torch.tensor([4, 1]), "cpu"), data.images[[4, 1]]
+    assert torch.equal(x0, PIXELS.encode(two)) and torch.equal(PIXELS.decode(x0), two)
     assert list(cond) == ["labels"] and cond["labels"].tolist() == [1, 1]
     assert without_labels(data).batch(torch.tensor([0]), "cpu")[1] == {}
+
+
+def test_a_picture_of_floats_is_refused():
+    "Pillow would read other numbers, or raise an error that names neither side."
+    with pytest.raises(TypeError, match="to_pil takes a uint8 picture .*not torch.float32"): to_pil(torch.zeros(1, 8, 8))
+
+
+def test_a_file_that_is_no_archive(tmp_path):
+    "The message says so. It does not advise to unpickle it, as numpy's does."
+    (tmp_path/"own.npz").write_bytes(b"not an archive")
+    with pytest.raises(DataError, match="own.npz cannot be read as .npz .it is no zip archive") as raised:
+        load_images(tmp_path/"own.npz")
+    assert "pickle" not in str(raised.value)
 
 
 def test_hold_out():

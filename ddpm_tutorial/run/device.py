@@ -157,7 +157,7 @@ def sampling_steps(
     model: nn.Module,
     config: Config,             # decides scheduler, shape, guidance, method and number of steps
     num_samples: int,
-    cond: dict,                 # of the samples, e.g. {"labels": (num_samples,)}; {} for a model without conditions
+    cond: dict,                 # one row for each sample, e.g. {"labels": (num_samples,)}; may be {}
     *,
     generator: torch.Generator, # a CPU generator
     precision: str="fp32"       # "fp32" or "bf16" (autocast)
@@ -178,5 +178,9 @@ def label_conditions(
     config: Config,
     labels: Tensor # int64 (B,)
 ) -> dict:
-    "Labels as conditions; none for a model without classes."
-    return {"labels": labels} if config.classes else {}
+    "Conditions of a model with classes, {} for others. Raises `ValueError` for a class that it lacks."
+    if not config.classes: return {}
+    if labels.min() < 0 or labels.max() >= len(config.classes):
+        raise ValueError(f"labels must be in 0 ... {len(config.classes) - 1}, "
+                         f"not {labels.min()} ... {labels.max()}")
+    return {"labels": labels}

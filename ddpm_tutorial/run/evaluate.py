@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ..data import (CLASSES, ImageData, load_fashion_mnist, load_images, load_sample,
                                 without_labels)
-from ..metrics import matched_subset, compute_metrics, load_classifier, extract_features
+from ..metrics import (MetricError, compute_metrics, extract_features, load_classifier,
+                                   matched_subset)
 from .cli import parse_options, run_command, steady_output
 from .config import ConfigError
 from .device import choose_device, choose_precision, explain_out_of_memory
@@ -76,11 +77,11 @@ def inception_distance(
 # %% ../../nbs/15b_evaluate.ipynb #15-samples-to-measure
 @contextmanager
 def wrong_usage() -> Iterator[None]:
-    """Turns a `ValueError` of a metric into a `ConfigError`.
+    """Turns a `MetricError` into a `ConfigError`.
 
     The caller of the command chose the images, so the error is about wrong usage."""
     try: yield
-    except ValueError as error: raise ConfigError(str(error)) from error
+    except MetricError as error: raise ConfigError(str(error)) from error
 
 def _real_images_like(
     labels: Tensor,           # (n,): those of the samples

@@ -24,8 +24,8 @@ from .checkpoint import PRETRAINED, load_model
 from .cli import parse_options, run_command, steady_output
 from .config import (MAY_DIFFER, Config, ConfigError, SamplingConfig, config_from_dict,
                                       differences)
-from .device import (choose_device, choose_precision, explain_out_of_memory, label_conditions,
-                                      sampling_steps)
+from .device import (choose_device, choose_precision, explain_out_of_memory,
+                                      label_conditions, sampling_steps)
 from .files import make_folder, write_atomic
 from .signals import StopOnSignal
 from ..sampler import save_gif, snapshots
@@ -78,6 +78,8 @@ class SampleOptions(DrawOptions):
         if self.output and self.output.suffix.lower() not in allowed:
             endings = " or ".join(allowed)
             raise ValueError(f"output of mode {self.mode} must end in {endings}, not {self.output.name!r}")
+        if self.output and self.output_dir:
+            raise ValueError("output names the file and output_dir its folder: leave one of the two out")
         if self.mode == "class_grid" and self.class_label is not None:
             raise ValueError("class_grid shows all classes: leave class_label out, or take mode grid")
 
