@@ -149,6 +149,22 @@ def test_dark_mode(address):
         assert look(page)[0] < 60 and not context.complaints
 
 
+# the first line of each block of code that has to be pushed aside to be read
+HIDDEN = """() => [...document.querySelectorAll('pre.cell-code')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1)
+    .map(e => e.textContent.split('\\n')[0])"""
+
+@needed
+def test_code_is_seen_whole(address, site):
+    "On an ordinary laptop no line of code has to be pushed aside."
+    with chromium(viewport={"width": 1440, "height": 900}) as context:
+        page = context.new_page()
+        for name in pages(site):
+            page.goto(f"{address}/{name}.html")
+            hidden = page.evaluate(HIDDEN)
+            assert not hidden, f"{name}: {hidden}"
+
+
 # elements that reach beyond the screen, unless one around them scrolls
 OVERHANG = """() => {
     const scrolls = e => {
