@@ -141,7 +141,7 @@ class NoisePath:
     -1 means clean data."""
     signal: Tensor                      # float64 (T,), in [0, 1]; only the last may be 0
     sigma: Tensor                       # float64 (T,), in (0, 1]; signal/sigma falls with time
-    variance_type: str="fixed_small"    # or "fixed_large": exact for data of variance 1 if signal**2 + sigma**2 = 1
+    variance_type: str="fixed_small"    # "fixed_large" is exact if x0 and all x_t have variance 1
 
     def __post_init__(self):
         _check_path(self.signal, self.sigma)
