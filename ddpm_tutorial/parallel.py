@@ -86,4 +86,4 @@ def notice_lost_peers():
     try: yield
     except RuntimeError as error:
         if not re.search(_LOST_CONNECTION, str(error)): raise
-        raise PeerLost("another process of this run is gone; go on by --resume") from error
+        raise PeerLost("another process of this run is gone; continue with --resume") from error

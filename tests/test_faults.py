@@ -86,7 +86,7 @@ def test_a_signal(launcher, data, whole, tmp_path, phase, group):
     logged = max(line["step"] for line in read_metrics(tmp_path/"run"))
     send(process, number, group)
     assert process.wait(10) == 128 + number and "Traceback" not in process.err, process.err
-    assert "go on by --resume" in process.err and nothing_half(tmp_path/"run")
+    assert "continue with --resume" in process.err and nothing_half(tmp_path/"run")
     assert newest(tmp_path/"run")["step"] == step >= logged
     assert launcher.run(tiny(data, tmp_path/"run", "--epochs", 2, "--resume")) == (0, "")
     assert_same(tmp_path/"run", whole)

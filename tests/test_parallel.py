@@ -172,7 +172,7 @@ def test_a_process_is_killed(launcher, data, tmp_path, lost):
     for process in processes: process.go()
     left = processes[1 - lost]
     assert left.wait() == 1 and "another process of this run is gone" in left.err, left.err
-    assert "go on by --resume" in left.err and "Traceback" not in left.err, left.err
+    assert "continue with --resume" in left.err and "Traceback" not in left.err, left.err
     assert newest(tmp_path/"run")["step"] == (5 if lost else 4) # 4 was saved in passing
     resumed = launcher.run(tiny(data, tmp_path/"run", "--epochs", 2, "--resume"))
     assert resumed == (0, "") and newest(tmp_path/"run")["step"] == 6
@@ -192,7 +192,7 @@ def test_a_signal_while_the_leader_saves_because_of_a_lost_process(launcher, dat
     os.kill(leader.pid, signal.SIGTERM)
     (leader.folder/"go on").touch()
     assert leader.wait(10) in (1, 143), leader.err
-    assert "go on by --resume" in leader.err and "Traceback" not in leader.err, leader.err
+    assert "continue with --resume" in leader.err and "Traceback" not in leader.err, leader.err
     assert newest(tmp_path/"run")["step"] == 5
 
 WAIT_TWICE = """
@@ -245,7 +245,7 @@ def test_torchrun_and_a_process_that_is_killed(data, tmp_path, rank):
     logged = steps(tmp_path/"run")
     os.kill(victim, signal.SIGKILL)
     code, err = ended(process, children)
-    assert code and "go on by --resume" in err, err
+    assert code and "continue with --resume" in err, err
     saved = load_latest(tmp_path/"run"/"checkpoints")[1]["step"]
     # the leader saves at the end of each epoch of 3 steps
     assert saved >= (logged if rank == "1" else logged//3*3 - 3)

@@ -150,7 +150,7 @@ def save_run(
         for old in so_far[:-KEEP]: old.unlink()
     except OSError as error:
         reason = f"step {state.step:,} could not be saved ({error}); older checkpoints are as they were"
-        if must: raise CheckpointError(f"{reason}; make room and go on by --resume") from error
+        if must: raise CheckpointError(f"{reason}; make room and continue with --resume") from error
         warnings.warn(f"{reason}; the next save tries again")
         return False
     return True

@@ -73,7 +73,7 @@ def check_folder(
         raise ConfigError(f"there is nothing to resume: {folder/'checkpoints'} holds no checkpoint; "
                           f"leave --resume out")
     if holds_a_run and not resume:
-        raise ConfigError(f"{folder} already holds a run; go on with it by --resume, "
+        raise ConfigError(f"{folder} already holds a run; continue it with --resume, "
                           f"or choose another --output_dir")
 
 def make_folder(
