@@ -284,7 +284,7 @@ def test_resumed_run_equals_the_unbroken_one():
     for k in (1, 2, 3, 4, 5):
         resumed, rest = cut_and_go_on(k)
         assert [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in rest] == [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in records[k:]]
-        assert all(torch.equal(a.t, b.t) and torch.equal(a.losses, b.losses) for a, b in zip(rest, records[k:]))
+        assert all(torch.equal(a.level, b.level) and torch.equal(a.losses, b.losses) for a, b in zip(rest, records[k:]))
         assert resumed.step == unbroken.step == 6 and same(everything(resumed), everything(unbroken))
 
 
