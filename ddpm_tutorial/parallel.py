@@ -37,7 +37,8 @@ class SharedBatch(nn.Module):
         network: nn.Module # on its device; every process must have one
     ):
         super().__init__()
-        self.parallel, self.null_cond = DistributedDataParallel(network), network.null_cond
+        self.parallel = DistributedDataParallel(network)
+        self.null_cond = getattr(network, "null_cond", {}) # what an objective asks for
 
     def forward(self,
         x: Tensor, # (B, ...), the same in all processes
