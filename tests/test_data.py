@@ -4,6 +4,7 @@ import os
 import re
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import torch
 import torchvision
 from PIL import Image
 
-from ddpm_tutorial.data import (CLASSES, PIXELS, RAW_FILES, DataError, ImageData, batches, check_raw_files,
-                                default_data_root, fingerprint, full_or_tiny, hold_out, image_grid, load_data,
-                                load_fashion_mnist, load_images, load_sample, to_float, to_pil, to_uint8,
+from ddpm_tutorial.data import (CLASSES, DATA_SETS, PIXELS, RAW_FILES, DataError, ImageData, batches,
+                                check_raw_files, default_data_root, fingerprint, full_or_tiny, hold_out,
+                                image_grid, load_data, load_fashion_mnist, load_images, load_sample, to_float, to_pil, to_uint8,
                                 without_labels)
+from ddpm_tutorial.run.config import PRESETS, fit_to_data
+from ddpm_tutorial.run.device import new_model
+from ddpm_tutorial.training import diffusion_objective, new_state, train_steps, validation_loss
 
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
 
@@ -265,9 +269,30 @@ def test_a_batch_is_what_a_model_sees():
     assert without_labels(data).batch(torch.tensor([0]), "cpu")[1] == {}
 
 
+def test_a_new_data_set_is_one_entry(monkeypatch):
+    "Ten lines: stripes of a random width, under a name that a configuration can give."
+    def stripes(root):
+        width = torch.randint(1, 5, (40,), generator=torch.Generator().manual_seed(0))
+        rows = (torch.arange(16)//width[:, None] % 2 * 255).to(torch.uint8)
+        images = rows[:, None, None].expand(-1, 3, 16, -1)
+        data = ImageData(images.contiguous(), width - 1, ("1", "2", "3", "4"))
+        return data[:30], data[30:]
+    monkeypatch.setitem(DATA_SETS, "stripes", stripes)
+    train, validation = load_data("stripes")
+    named = replace(PRESETS["tiny"], data="stripes")
+    config = fit_to_data(named, tuple(train.images.shape[1:]), train.classes)
+    assert (config.model.in_channels, config.model.image_size, config.model.num_classes) == (3, 16, 4)
+    train_config = replace(config.train, batch_size=10, max_steps=2)
+    state = new_state(new_model(config), train_config)
+    objective = diffusion_objective(config.scheduler.build(), 0.1)
+    assert len(list(train_steps(state, train, objective, train_config))) == 2
+    assert validation_loss(state.ema, validation, config.scheduler.build()) > 0
+
+
 def test_a_picture_of_floats_is_refused():
     "Pillow would read other numbers, or raise an error that names neither side."
-    with pytest.raises(TypeError, match="to_pil takes a uint8 picture .*not torch.float32"): to_pil(torch.zeros(1, 8, 8))
+    with pytest.raises(TypeError, match="to_pil takes a uint8 picture .*not torch.float32"):
+        to_pil(torch.zeros(1, 8, 8))
 
 
 def test_a_file_that_is_no_archive(tmp_path):
