@@ -78,7 +78,7 @@ def dpm_solver_steps(
             direction = x0 + (h/h_before/2).to(x)*(x0 - x0_before)
         before = x0, h
         return (sigma_prev/sigma).to(x)*x - (signal_prev*torch.expm1(-h)).to(x)*direction
-    grid = {"skip_zero": spacing == "time", "spacing": spacing} # in time, a stride to time 0 would be too long
+    grid = {"skip_zero": spacing == "time", "spacing": spacing} # in time, a stride to 0 would be too long
     return denoise_steps(update, model, scheduler, shape, grid=grid, **kwargs)
 
 # %% ../nbs/08_fast_sampling.ipynb #edd975e4
