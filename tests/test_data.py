@@ -267,7 +267,8 @@ def test_a_batch_is_what_a_model_sees():
 
 def test_a_picture_of_floats_is_refused():
     "Pillow would read other numbers, or raise an error that names neither side."
-    with pytest.raises(TypeError, match="to_pil takes a uint8 picture .*not torch.float32"): to_pil(torch.zeros(1, 8, 8))
+    with pytest.raises(TypeError, match="to_pil takes a uint8 picture .*not torch.float32"):
+        to_pil(torch.zeros(1, 8, 8))
 
 
 def test_a_file_that_is_no_archive(tmp_path):
