@@ -173,7 +173,7 @@ def test_model_is_told_its_time():
 
 
 def test_same_seed_same_samples():
-    """The given generator decides about the samples, the global one does not.
+    """The samples depend on the given generator, not on the global one.
 
     Every image has its own noise.
     """
@@ -282,9 +282,9 @@ WRONG_OUTPUTS = {"twice the channels": lambda x: torch.cat([x, x], dim=1), "one 
 
 @pytest.mark.parametrize("output", WRONG_OUTPUTS.values(), ids=WRONG_OUTPUTS)
 def test_output_of_another_kind_is_refused(output):
-    """A wrong output is never broadcast or rounded, by a sampler or by guidance at any scale.
+    """A sampler refuses a wrong output, and so does guidance at any scale.
 
-    The message names the shape that is wanted.
+    Neither broadcasts nor rounds it. The message names the shape that is wanted.
     """
     scheduler, x = NoiseScheduler.cosine(5), torch.randn(SHAPE, generator=seeded())
     t = torch.zeros(4, dtype=torch.long)

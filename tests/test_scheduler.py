@@ -131,7 +131,7 @@ def test_snr(T):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_three_predictions_say_the_same(schedule):
-    "If a model predicts a target perfectly, it converts to the right x0 and noise at every time."
+    "A perfect prediction of any type converts to the right x0 and noise at every time."
     t = torch.arange(200)
     x0, noise = some_images(len(t))
     for prediction_type in PREDICTION_TYPES:
@@ -339,7 +339,7 @@ def test_what_cannot_work_is_refused(make, message):
 
 
 def test_betas_that_are_no_tensor_are_refused():
-    "A list or a numpy array has no torch dtype that the message could name, so it is refused by its type."
+    "A list or a numpy array has no torch dtype to complain about, so it is refused as no tensor."
     for betas in ([0.1, 0.2], linear_betas(50).numpy()):
         with pytest.raises(TypeError, match="betas must be a tensor, not"): from_betas(betas)
         with pytest.raises(TypeError, match="signal must be a tensor, not"):

@@ -1,4 +1,4 @@
-"""With the same seeds, the samples and losses are still those from before version 1.
+"""With the same seeds, the package still gives the samples and losses of versions 0.6 and 0.7.
 
 `version_1.py` stored their numbers.
 """
