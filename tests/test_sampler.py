@@ -1,4 +1,4 @@
-"""Sampling: against an exact recursion where the best denoiser is known, and what guidance does with labels."""
+"""Sampling, compared with an exact recursion for a known best denoiser, and guidance with labels."""
 import io
 import math
 
@@ -8,12 +8,13 @@ import torch
 from torch.testing import assert_close
 
 import reference
-from ddpm_tutorial.sampler import Step, prepare_conditions, ddpm_steps, initial_noise, guided, predict_x0, predict, sample, save_gif, snapshots
+from ddpm_tutorial.sampler import (Step, ddpm_steps, guided, initial_noise, predict, predict_x0,
+                                   prepare_conditions, sample, save_gif, snapshots)
 from ddpm_tutorial.scheduler import VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
 
-MEAN, STD = 1.5, 0.5                # of the pixels to be drawn: outside of [-1, 1] on purpose
+MEAN, STD = 1.5, 0.5                # of the pixels that we draw: outside [-1, 1] on purpose
 SHAPE = (4, 1, 8, 8)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -23,12 +24,13 @@ def seeded(seed=0): return torch.Generator().manual_seed(seed)
 
 
 def small_unet(num_classes=10):
-    return randomised(UNet(UNetConfig(image_size=8, num_classes=num_classes, base_channels=8, channel_multipliers=(1, 1),
-                                      attention_resolutions=(), head_dim=8, num_groups=4)))
+    return randomised(UNet(UNetConfig(image_size=8, num_classes=num_classes, base_channels=8,
+                                      channel_multipliers=(1, 1), attention_resolutions=(), head_dim=8,
+                                      num_groups=4)))
 
 
 class Recorder:
-    "A model that writes down with how many images, and with which labels, it was called."
+    "A model that records the labels of each call, and checks that each image has a time and a label."
     def __init__(self, model): self.model, self.calls = model, []
 
     def __call__(self, x, t, labels=None):
@@ -42,22 +44,30 @@ class Recorder:
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_moments_of_the_samples(schedule, prediction_type, variance_type, n):
-    "Mean and variance of 16,384 pixels after every step, within 5 standard errors of the exact recursion."
+    """After every step, the mean and variance of 16,384 pixels agree with the exact recursion.
+
+    They may differ by 5 standard errors.
+    """
     scheduler = SchedulerConfig(schedule, 100, prediction_type, variance_type).build()
     betas = reference.betas(schedule, 100)
     model = reference.gaussian_denoiser(betas, prediction_type, MEAN, STD)
     expected = reference.ancestral_moments(betas, scheduler.timesteps(n), variance_type, MEAN, STD)
-    steps = ddpm_steps(model, scheduler, (256, 1, 8, 8), generator=seeded(1), num_inference_steps=n, clip_sample=False)
+    steps = ddpm_steps(model, scheduler, (256, 1, 8, 8), generator=seeded(1), num_inference_steps=n,
+                       clip_sample=False)
     for step, (mean, variance) in zip(steps, expected, strict=True):
         pixels, count = step.x.double(), step.x.numel()
-        assert abs(pixels.mean().item() - mean) < 5*math.sqrt(variance/count) + 1e-4             # 1e-4: float32
+        # 1e-4: float32
+        assert abs(pixels.mean().item() - mean) < 5*math.sqrt(variance/count) + 1e-4
         assert abs(pixels.var().item() - variance) < 5*variance*math.sqrt(2/(count - 1)) + 1e-4
 
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_more_steps_come_nearer_to_the_data(schedule, variance_type):
-    "The recursion itself tends to the data's moments as T grows: the error is nearly halved with every doubling, and ends below 2 percent."
+    """As T grows, the recursion itself approaches the moments of the data.
+
+    Each doubling nearly halves the error, which ends below 2 percent.
+    """
     errors = []
     for T in (125, 250, 500, 1000):
         betas, pairs = reference.betas(schedule, T), [(t, t - 1) for t in reversed(range(T))]
@@ -68,11 +78,16 @@ def test_more_steps_come_nearer_to_the_data(schedule, variance_type):
 
 
 def test_steps_are_what_they_say():
-    "One step for each pair of times; x0 is clipped only on request; `sample` gives the last x."
-    scheduler = NoiseScheduler.linear(50, variance_type="fixed_large")   # the last step has a variance then, which is not to be used
+    """There is one step for each pair of times, and `sample` returns the last x.
+
+    x0 is clipped only on request.
+    """
+    # with this variance the last step has one too, but must not use it
+    scheduler = NoiseScheduler.linear(50, variance_type="fixed_large")
     model = reference.gaussian_denoiser(reference.betas("linear", 50), "epsilon", MEAN, STD)
     for clip in (True, False):
-        steps = list(ddpm_steps(model, scheduler, SHAPE, generator=seeded(), num_inference_steps=10, clip_sample=clip))
+        steps = list(ddpm_steps(model, scheduler, SHAPE, generator=seeded(), num_inference_steps=10,
+                                clip_sample=clip))
         assert [step.t for step in steps] == [t for t, _ in scheduler.timesteps(10)]
         assert all(step.x.shape == step.x0.shape == SHAPE for step in steps)
         assert (max(step.x0.max() for step in steps) <= 1) == clip
@@ -82,7 +97,10 @@ def test_steps_are_what_they_say():
 
 
 def test_sample_takes_a_method():
-    "Any generator of steps, which gets all the arguments; the last x is the result. Ancestral sampling if nothing is said."
+    """A method is any generator of steps. It gets all the arguments, and its last x is the result.
+
+    The default method is ancestral sampling.
+    """
     def method(model, scheduler, shape, **kwargs):
         for k in range(3): yield Step(2 - k, torch.full(shape, float(k)), None)
         seen.append((model, scheduler, kwargs))
@@ -95,7 +113,10 @@ def test_sample_takes_a_method():
 
 
 def test_first_noise():
-    "What is given is taken and nothing is drawn; another shape is refused, also one that would broadcast."
+    """Given noise is used and nothing is drawn.
+
+    Noise of another shape is refused, even if it could be broadcast.
+    """
     given, draws = torch.randn(SHAPE, generator=seeded()), []
     def draw():
         draws.append(given + 1)
@@ -103,24 +124,31 @@ def test_first_noise():
     assert initial_noise(given, SHAPE, draw) is given and draws == []
     assert initial_noise(None, SHAPE, draw) is draws[0] and len(draws) == 1
     for shape in ((1, 1, 8, 8), (4, 1, 8), (4, 8, 8, 1)):
-        with pytest.raises(ValueError, match=r"but the samples are to be \(4, 1, 8, 8\)"): initial_noise(torch.zeros(shape), SHAPE, draw)
+        with pytest.raises(ValueError, match=r"but the samples are to be \(4, 1, 8, 8\)"):
+            initial_noise(torch.zeros(shape), SHAPE, draw)
 
 
 def test_start_from_given_noise():
-    "The same as if it had been drawn, and it is left as it was."
+    "Given noise leads to the same samples as if it had been drawn, and it is not changed."
     model, scheduler = small_unet(), NoiseScheduler.cosine(20)
     generator = seeded()
     given = torch.randn(SHAPE, generator=generator)
     copy = given.clone()
     x = sample(model, scheduler, SHAPE, generator=generator, noise=given, labels=LABELS)
-    assert torch.equal(x, sample(model, scheduler, SHAPE, generator=seeded(), labels=LABELS)) and torch.equal(given, copy)
-    with pytest.raises(ValueError, match="noise is"): sample(model, scheduler, SHAPE, generator=seeded(), noise=given[:1], labels=LABELS)
+    assert torch.equal(x, sample(model, scheduler, SHAPE, generator=seeded(), labels=LABELS))
+    assert torch.equal(given, copy)
+    with pytest.raises(ValueError, match="noise is"):
+        sample(model, scheduler, SHAPE, generator=seeded(), noise=given[:1], labels=LABELS)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_imagine(prediction_type):
-    "The x0 that the output means, in the type of x; clipped if asked for; the model gets its conditions and one time for each image."
-    scheduler, x, t = NoiseScheduler.cosine(20, prediction_type=prediction_type), 3*torch.randn(SHAPE, generator=seeded()), torch.full((4,), 7)
+    """`predict_x0` converts the output to x0 in the type of x, and clips it if asked to.
+
+    The model gets its conditions and one time for each image.
+    """
+    scheduler = NoiseScheduler.cosine(20, prediction_type=prediction_type)
+    x, t = 3*torch.randn(SHAPE, generator=seeded()), torch.full((4,), 7)
     def model(x, t, labels):
         assert t.tolist() == [7]*4 and labels is LABELS
         return torch.sin(x).bfloat16()
@@ -128,11 +156,12 @@ def test_imagine(prediction_type):
     for clip in (False, True):
         x0 = predict_x0(model, scheduler, x, 7, clip, {"labels": LABELS})
         assert x0.dtype == torch.float32 and torch.equal(x0, expected.clamp(-1, 1) if clip else expected)
-    if prediction_type != "sample": assert expected.abs().max() > 1                             # or clipping had nothing to do
+    # otherwise there would be nothing to clip
+    if prediction_type != "sample": assert expected.abs().max() > 1
 
 
 def test_model_is_told_its_time():
-    "The model sees the time that the image has, once for each image, as whole numbers."
+    "The model gets the current time as whole numbers, one for each image."
     seen = []
     def model(x, t):
         seen.append(t)
@@ -144,18 +173,25 @@ def test_model_is_told_its_time():
 
 
 def test_same_seed_same_samples():
-    "The generator decides, not the global one; and every image has noise of its own."
+    """The samples depend on the given generator, not on the global one.
+
+    Every image has its own noise.
+    """
     model, scheduler, draws = small_unet(), NoiseScheduler.cosine(20, prediction_type="v_prediction"), []
     for seed, elsewhere in ((0, 1), (0, 2), (3, 1)):
         torch.manual_seed(elsewhere)
         draws.append(sample(model, scheduler, SHAPE, generator=seeded(seed), labels=LABELS*0))
-        assert torch.initial_seed() == elsewhere and torch.equal(torch.rand(3), torch.rand(3, generator=seeded(elsewhere)))
+        assert torch.initial_seed() == elsewhere
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=seeded(elsewhere)))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert (draws[0][0] - draws[0][1]).abs().max() > 0.1
 
 
 def test_sampling_needs_no_gradients():
-    "Neither in the steps nor in the model's outputs; the caller's own setting is left alone between the steps."
+    """Neither x nor x0 carries gradients.
+
+    Between the steps, the caller's own gradient setting is left alone.
+    """
     weight = torch.ones(1, requires_grad=True)
     for step in ddpm_steps(lambda x, t: weight*x, NoiseScheduler.cosine(5), SHAPE, generator=seeded()):
         assert not step.x.requires_grad and not step.x0.requires_grad
@@ -164,7 +200,10 @@ def test_sampling_needs_no_gradients():
 
 @pytest.mark.parametrize("scale", [0., 0.5, 1., 3., -1.])
 def test_guidance_is_its_formula(scale):
-    "Unconditional plus scale times the difference; 1 is the conditional model and 0 the unconditional one, to the bit."
+    """The result is the unconditional prediction plus scale times the difference.
+
+    Scale 1 gives exactly the conditional prediction, and scale 0 exactly the unconditional one.
+    """
     model, x, t = small_unet(), torch.randn(SHAPE, generator=seeded()), torch.tensor([0, 10, 500, 999])
     cond, uncond = model(x, t, LABELS), model(x, t, torch.full((4,), 10))
     assert (cond - uncond).abs().max() > 0.1
@@ -174,7 +213,7 @@ def test_guidance_is_its_formula(scale):
 
 
 def test_guidance_calls_the_model_once():
-    "One batch of both halves, or one half where the other would be thrown away."
+    "The model gets one batch of both halves, or only the half that is needed."
     x, t = torch.zeros(SHAPE), torch.zeros(4, dtype=torch.long)
     for scale, expected in ((0., [[10]*4]), (1., [LABELS.tolist()]), (2., [[10]*4 + LABELS.tolist()])):
         model = Recorder(small_unet())
@@ -183,101 +222,147 @@ def test_guidance_calls_the_model_once():
 
 
 def test_guidance_with_two_conditions():
-    "Each condition has its own `none`, also one that is a vector; each image keeps its own."
+    "Each condition has its own null value, which may be a vector. Each image keeps its own conditions."
     seen = {}
     def model(x, t, labels, text):
         seen.update(labels=labels, text=text)
         return x*0
     text = torch.arange(8.).view(4, 2)
-    guided(model, 2., {"labels": 10, "text": torch.tensor([-1., -2.])})(torch.zeros(SHAPE), LABELS, labels=LABELS, text=text)
+    guided_model = guided(model, 2., {"labels": 10, "text": torch.tensor([-1., -2.])})
+    guided_model(torch.zeros(SHAPE), LABELS, labels=LABELS, text=text)
     assert seen["labels"].tolist() == [10]*4 + LABELS.tolist()
     assert torch.equal(seen["text"], torch.cat([torch.tensor([[-1., -2.]]).expand(4, 2), text]))
 
 
 @pytest.mark.parametrize("scale", [0., 1., 2.])
 def test_guidance_without_labels_is_refused(scale):
-    "At every scale, by a call or by a sampler; a condition that `null` does not name is refused too."
+    """Labels are required at every scale, for a direct call and for a sampler.
+
+    A condition that `null` does not name is refused too.
+    """
     model = guided(small_unet(), scale, {"labels": 10})
-    with pytest.raises(ValueError, match=r"the conditions \['labels'\] are needed"): model(torch.zeros(SHAPE), LABELS)
+    with pytest.raises(ValueError, match=r"the conditions \['labels'\] are needed"):
+        model(torch.zeros(SHAPE), LABELS)
     with pytest.raises(ValueError, match=r"the conditions \['labels'\] are needed"):
         sample(model, NoiseScheduler.cosine(5), SHAPE, generator=seeded())
-    with pytest.raises(ValueError, match=r"the conditions \['labels'\] are needed"): model(torch.zeros(SHAPE), LABELS, labels=LABELS, text=LABELS)
+    with pytest.raises(ValueError, match=r"the conditions \['labels'\] are needed"):
+        model(torch.zeros(SHAPE), LABELS, labels=LABELS, text=LABELS)
 
 
 def test_unconditional_model_refuses_labels():
-    "They are not dropped in silence, neither plain nor guided; a misspelt condition is an error too."
+    """An unconditional model does not silently drop labels, with guidance or without.
+
+    A misspelt condition is an error too.
+    """
     model, scheduler = small_unet(num_classes=0), NoiseScheduler.cosine(5)
     for one in (model, guided(model, 2., {"labels": 0})):
-        with pytest.raises(ValueError, match="knows no classes"): sample(one, scheduler, SHAPE, generator=seeded(), labels=LABELS)
-    with pytest.raises(TypeError, match="label"): sample(small_unet(), scheduler, SHAPE, generator=seeded(), label=LABELS)
+        with pytest.raises(ValueError, match="knows no classes"):
+            sample(one, scheduler, SHAPE, generator=seeded(), labels=LABELS)
+    with pytest.raises(TypeError, match="label"):
+        sample(small_unet(), scheduler, SHAPE, generator=seeded(), label=LABELS)
 
 
 @pytest.mark.parametrize("scale, matters", [(None, True), (1., True), (3., True), (0., False)])
 def test_label_changes_the_samples(scale, matters):
-    "Same noise, one label changed: that image changes and the others do not; at scale 0 none does."
+    """If one label changes but the noise does not, only the image with that label changes.
+
+    At scale 0 no image changes.
+    """
     model, scheduler = small_unet(), NoiseScheduler.cosine(10, prediction_type="v_prediction")
     if scale is not None: model = guided(model, scale, {"labels": 10})
-    one, other = (sample(model, scheduler, SHAPE, generator=seeded(), labels=labels) for labels in (LABELS, torch.tensor([0, 1, 2, 9])))
+    one, other = (sample(model, scheduler, SHAPE, generator=seeded(), labels=labels)
+                  for labels in (LABELS, torch.tensor([0, 1, 2, 9])))
     changed = (one - other).flatten(1).abs().amax(dim=1)
     assert (changed[:3] < 1e-5).all() and (changed[3] > 1e-2) == matters
 
 
-WRONG_OUTPUTS = {"twice the channels": lambda x: torch.cat([x, x], dim=1), "one image": lambda x: x[:1], "one row of pixels": lambda x: x[:, :, :1],
-                 "whole numbers": lambda x: x.long(), "a pair": lambda x: (x, x)}
+WRONG_OUTPUTS = {"twice the channels": lambda x: torch.cat([x, x], dim=1), "one image": lambda x: x[:1],
+                 "one row of pixels": lambda x: x[:, :, :1], "whole numbers": lambda x: x.long(),
+                 "a pair": lambda x: (x, x)}
 
 @pytest.mark.parametrize("output", WRONG_OUTPUTS.values(), ids=WRONG_OUTPUTS)
 def test_output_of_another_kind_is_refused(output):
-    "Broadcast or rounded by nobody: neither by a sampler nor by guidance at any scale; the message names the shape that is wanted."
-    scheduler, x, t = NoiseScheduler.cosine(5), torch.randn(SHAPE, generator=seeded()), torch.zeros(4, dtype=torch.long)
+    """A sampler refuses a wrong output, and so does guidance at any scale.
+
+    Neither broadcasts nor rounds it. The message names the shape that is wanted.
+    """
+    scheduler, x = NoiseScheduler.cosine(5), torch.randn(SHAPE, generator=seeded())
+    t = torch.zeros(4, dtype=torch.long)
     def model(x, t, labels=None): return output(x)
-    calls = [lambda: predict(model, x, t, {}), lambda: predict_x0(model, scheduler, x, 3, True, {}), lambda: sample(model, scheduler, SHAPE, generator=seeded()),
-             *(lambda scale=scale: guided(model, scale, {"labels": 10})(x, t, labels=LABELS) for scale in (0., 1., 2.))]
+    calls = [lambda: predict(model, x, t, {}), lambda: predict_x0(model, scheduler, x, 3, True, {}),
+             lambda: sample(model, scheduler, SHAPE, generator=seeded()),
+             *(lambda scale=scale: guided(model, scale, {"labels": 10})(x, t, labels=LABELS)
+               for scale in (0., 1., 2.))]
+    message = r"the model's output is .*must be floating point \([48], 1, 8, 8\)"
     for call in calls:
-        with pytest.raises(ValueError, match=r"the model's output is .*must be floating point \([48], 1, 8, 8\)"): call()
+        with pytest.raises(ValueError, match=message): call()
 
 
 def test_half_precision_output_is_taken():
-    "Floating point of any kind, in its own type."
+    "Any floating-point output is accepted, and keeps its type."
     x, t = torch.randn(SHAPE, generator=seeded()), torch.zeros(4, dtype=torch.long)
-    for kind in (torch.float64, torch.float32, torch.bfloat16): assert predict(lambda x, t, kind=kind: x.to(kind), x, t, {}).dtype == kind
+    for kind in (torch.float64, torch.float32, torch.bfloat16):
+        def model(x, t): return x.to(kind)
+        assert predict(model, x, t, {}).dtype == kind
 
 
-@pytest.mark.parametrize("shape", [4, (), (4., 1, 8, 8), ("4", 1), (0, 1, 8, 8), (4, -1, 8, 8), None], ids=str)
+@pytest.mark.parametrize("shape", [4, (), (4., 1, 8, 8), ("4", 1), (0, 1, 8, 8), (4, -1, 8, 8), None],
+                         ids=str)
 def test_shape_must_be_whole_numbers(shape):
-    "From 1 on, as a tuple, a list or a `torch.Size`; of the samples, of conditions and of given noise."
-    for call in (lambda: sample(small_unet(0), NoiseScheduler.cosine(5), shape, generator=seeded()), lambda: prepare_conditions({}, shape, "cpu"),
-                 lambda: initial_noise(torch.zeros(SHAPE), shape, None)):
+    """A shape is made of whole numbers from 1, in a tuple, a list or a `torch.Size`.
+
+    Sampling, conditions and given noise all check it.
+    """
+    calls = (lambda: sample(small_unet(0), NoiseScheduler.cosine(5), shape, generator=seeded()),
+             lambda: prepare_conditions({}, shape, "cpu"),
+             lambda: initial_noise(torch.zeros(SHAPE), shape, None))
+    for call in calls:
         with pytest.raises(ValueError, match="shape must be whole numbers"): call()
-    for right in (SHAPE, list(SHAPE), torch.Size(SHAPE), tuple(np.array(SHAPE))): assert prepare_conditions({}, right, "cpu") == {}
+    for right in (SHAPE, list(SHAPE), torch.Size(SHAPE), tuple(np.array(SHAPE))):
+        assert prepare_conditions({}, right, "cpu") == {}
 
 
 def test_noise_must_be_floating_point():
-    "Whole numbers would make a sample of whole numbers."
-    for noise in (torch.zeros(SHAPE, dtype=torch.long), torch.zeros(SHAPE, dtype=torch.uint8), np.zeros(SHAPE)):
+    """Noise of whole numbers is refused, because the samples would be whole numbers too.
+
+    A numpy array is refused as well.
+    """
+    noises = (torch.zeros(SHAPE, dtype=torch.long), torch.zeros(SHAPE, dtype=torch.uint8), np.zeros(SHAPE))
+    for noise in noises:
         with pytest.raises(TypeError, match="noise must be floating point"):
             sample(lambda x, t: x*0, NoiseScheduler.cosine(5), SHAPE, generator=seeded(), noise=noise)
 
 
 @pytest.mark.parametrize("scale", [0., 1., 2.])
 def test_guidance_needs_a_row_for_each_sample(scale):
-    "One label for four images is refused when the guided model is called directly, too; so is a label that is no tensor."
-    model, x, t = guided(small_unet(), scale, {"labels": 10}), torch.zeros(SHAPE), torch.zeros(4, dtype=torch.long)
+    """A direct call of the guided model refuses one label for four images.
+
+    It also refuses labels that are no tensor.
+    """
+    model = guided(small_unet(), scale, {"labels": 10})
+    x, t = torch.zeros(SHAPE), torch.zeros(4, dtype=torch.long)
     with pytest.raises(ValueError, match="there are 4 samples"): model(x, t, labels=LABELS[:1])
     for labels in (3, [0, 1, 2, 3], None):
-        with pytest.raises(ValueError, match="labels must be a tensor, one row for each sample"): model(x, t, labels=labels)
+        with pytest.raises(ValueError, match="labels must be a tensor, one row for each sample"):
+            model(x, t, labels=labels)
 
 
 def test_snapshots_counts_in_whole_numbers():
-    steps = lambda: (Step(t, torch.tensor(t), None) for t in range(10))
+    def steps(): return (Step(t, torch.tensor(t), None) for t in range(10))
     assert snapshots(steps(), 10, 5).tolist() == [1, 3, 5, 7, 9]
     for wrong in (0, 11, 2.5, "3"):
-        with pytest.raises(ValueError, match="num_snapshots must be in 1 ... 10, a whole number"): snapshots(steps(), 10, wrong)
+        with pytest.raises(ValueError, match="num_snapshots must be in 1 ... 10, a whole number"):
+            snapshots(steps(), 10, wrong)
 
 
 def test_gif_frames_of_another_kind_are_refused():
-    "An array, floats, channels that a GIF cannot show (of four, one would be dropped), no frames."
+    """Arrays, floats, and an empty sequence of frames are refused.
+
+    So are channels that a GIF cannot show: of four channels, one would be dropped.
+    """
     save_gif(io.BytesIO(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     for frames in (np.zeros((2, 1, 8, 8), dtype=np.uint8), torch.zeros(2, 1, 8, 8)):
         with pytest.raises(TypeError, match="a tensor of uint8 frames"): save_gif(io.BytesIO(), frames)
     for shape in ((2, 4, 8, 8), (2, 2, 8, 8), (2, 8, 8), (0, 1, 8, 8)):
-        with pytest.raises(ValueError, match="frames must be"): save_gif(io.BytesIO(), torch.zeros(shape, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="frames must be"):
+            save_gif(io.BytesIO(), torch.zeros(shape, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""Training: the loss, the average, the draws of chance, and a run that goes on as if it had never been stopped."""
+"""Training: the loss, the average, the random draws, and a run that resumes as if it had never stopped."""
 import copy
 import io
 import math
@@ -10,13 +10,15 @@ from torch.testing import assert_close
 
 from ddpm_tutorial.data import batches, load_sample
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler
-from ddpm_tutorial.training import (TrainConfig, diffusion_loss, diffusion_objective, drop_conditions, ema_decay, learning_rate,
-                                    new_state, random_generator, total_steps, train_steps, update_ema, validation_loss)
+from ddpm_tutorial.training import (TrainConfig, diffusion_loss, diffusion_objective, drop_conditions,
+                                    ema_decay, learning_rate, new_state, random_generator, total_steps,
+                                    train_steps, update_ema, validation_loss)
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
 
 FEW = load_sample()[torch.arange(0, 1000, 20)]                      # 50 images: batches of 20, 20 and 10
-TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(), head_dim=8, num_groups=4)
+TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(),
+                  head_dim=8, num_groups=4)
 CONFIG = TrainConfig(epochs=2, batch_size=20, lr=1e-3, lr_decay=True, label_dropout=0.5, weight_decay=0.01)
 SCHEDULER = NoiseScheduler.cosine(50, prediction_type="v_prediction")
 
@@ -30,7 +32,7 @@ def objective(config): return diffusion_objective(SCHEDULER, config.label_dropou
 
 
 def everything(state):
-    "All numbers of a state, as one flat list of tensors."
+    "All numbers of a state, as a list of tensors."
     memory = [value for parameter in state.optimizer.state.values() for value in parameter.values()]
     return [*state.model.state_dict().values(), *state.ema.state_dict().values(), *memory]
 
@@ -40,26 +42,39 @@ def same(one, other): return len(one) == len(other) and all(torch.equal(a, b) fo
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_loss_is_its_formula(prediction_type):
-    "Squared error against the target, mean over an image's pixels, one number an image; the model is given x_t, t and the labels."
-    scheduler, t = NoiseScheduler.cosine(50, prediction_type=prediction_type), torch.tensor([0, 20, 49])
-    x0, noise = (torch.randn(3, 2, 4, 4, generator=random_generator(seed), dtype=torch.float64) for seed in (0, 1))
+    """The loss of an image is the mean squared error against the target over its pixels.
+
+    The model is given x_t, t and the labels.
+    """
+    scheduler = NoiseScheduler.cosine(50, prediction_type=prediction_type)
+    t = torch.tensor([0, 20, 49])
+    x0, noise = (torch.randn(3, 2, 4, 4, generator=random_generator(seed), dtype=torch.float64)
+                 for seed in (0, 1))
     a = (scheduler.signal**2)[t].view(3, 1, 1, 1)
     x_t = a**0.5*x0 + (1 - a)**0.5*noise
-    target = {"epsilon": noise, "sample": x0, "v_prediction": a**0.5*noise - (1 - a)**0.5*x0, "flow": noise - x0}[prediction_type]
+    velocity = a**0.5*noise - (1 - a)**0.5*x0
+    targets = {"epsilon": noise, "sample": x0, "v_prediction": velocity, "flow": noise - x0}
+    target = targets[prediction_type]
     def model(x, times, labels):
         assert_close(x, x_t, rtol=0, atol=1e-12)
         assert torch.equal(times, t) and labels == "given"
         return 0.5*x
     losses = diffusion_loss(model, scheduler, x0, t=t, noise=noise, labels="given")
-    expected = [sum((0.5*x_t[i] - target[i]).flatten().tolist()[j]**2 for j in range(32))/32 for i in range(3)]
-    assert_close(losses.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)   # the prediction is float32
+    expected = [sum((0.5*x_t[i] - target[i]).flatten().tolist()[j]**2 for j in range(32))/32
+                for i in range(3)]
+    # the prediction is float32
+    assert_close(losses.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=0)
 
 
-def drop_labels(labels, probability, generator): return drop_conditions({"labels": labels}, {"labels": 10}, probability, generator)["labels"]
+def drop_labels(labels, probability, generator):
+    return drop_conditions({"labels": labels}, {"labels": 10}, probability, generator)["labels"]
 
 
 def test_drop_conditions():
-    "The share lies within 5 binomial standard deviations; the others are as they were; 0 drops none; the seed decides."
+    """The dropped share is within 5 binomial standard deviations, and the seed decides which labels go.
+
+    The other labels stay as they were. Probability 0 drops none.
+    """
     labels = torch.arange(10).repeat(1000)
     for probability in (0.1, 0.5):
         dropped = drop_labels(labels, probability, random_generator(0))
@@ -74,39 +89,54 @@ def test_drop_conditions():
 
 
 def test_all_conditions_of_an_image_are_dropped_together():
-    "A label and a context of three vectors: the same images lose both; what is dropped becomes the null row."
-    cond = {"labels": torch.arange(10).repeat(20), "context": torch.rand(200, 3, 4, generator=random_generator(1))}
+    """An image loses its label and its context of three vectors together.
+
+    What is dropped becomes the null row.
+    """
+    cond = {"labels": torch.arange(10).repeat(20),
+            "context": torch.rand(200, 3, 4, generator=random_generator(1))}
     null = {"labels": 10, "context": torch.full((3, 4), -1.)}
     dropped = drop_conditions(cond, null, 0.3, random_generator(0))
     gone = dropped["labels"] == 10
     assert 30 < gone.sum() < 90 and torch.equal(gone, (dropped["context"] == -1).all(dim=(1, 2)))
     assert torch.equal(dropped["context"][~gone], cond["context"][~gone])
     assert drop_conditions({}, {}, 0.3, random_generator(0)) == {}
-    with pytest.raises(ValueError, match=r"the conditions \['context', 'labels'\] are needed, but \['labels'\] were given"):
+    message = r"the conditions \['context', 'labels'\] are needed, but \['labels'\] were given"
+    with pytest.raises(ValueError, match=message):
         drop_conditions({"labels": cond["labels"]}, null, 0.3, random_generator(0))
-    with pytest.raises(ValueError, match=r"context must be torch.float32 \(B, 3, 4\), not torch.float32 \(200, 2, 4\)"):
+    message = r"context must be torch.float32 \(B, 3, 4\), not torch.float32 \(200, 2, 4\)"
+    with pytest.raises(ValueError, match=message):
         drop_conditions(cond | {"context": cond["context"][:, :2]}, null, 0.3, random_generator(0))
 
 
 def test_a_new_objective_is_one_function():
-    "Ten lines: an autoencoder of one layer, with the same loop, its average and its way of going on."
+    """A new objective takes ten lines, and the training loop stays the same.
+
+    This one is an autoencoder with one hidden layer.
+    """
     def reconstruction(model, x0, cond, generator):
         noisy = x0 + 0.1*torch.randn(x0.shape, generator=generator)
         losses = (model(noisy) - x0).abs().flatten(1).mean(dim=1)
         return losses, torch.zeros(len(x0))
     config = TrainConfig(epochs=30, batch_size=25, lr=1e-2)
     torch.manual_seed(0)
-    state = new_state(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)), config)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1))
+    state = new_state(model, config)
     losses = [record.loss for record in train_steps(state, FEW, reconstruction, config)]
     assert len(losses) == 60 and losses[-1] < 0.5*losses[0]
 
 
 def test_a_new_data_set_needs_a_length_and_a_batch():
-    "Ten lines: points in the plane with a number as their condition, trained on and validated with."
+    """A new data set takes ten lines, for training and for validation.
+
+    This one has points in the plane, each with a number as its condition.
+    """
     class Points:
-        x0, angle = torch.randn(60, 2, generator=random_generator(0)), torch.rand(60, 1, generator=random_generator(1))
+        x0 = torch.randn(60, 2, generator=random_generator(0))
+        angle = torch.rand(60, 1, generator=random_generator(1))
         def __len__(self): return 60
-        def batch(self, index, device): return self.x0[index].to(device), {"angle": self.angle[index].to(device)}
+        def batch(self, index, device):
+            return self.x0[index].to(device), {"angle": self.angle[index].to(device)}
     class Model(nn.Module):
         null_cond = {"angle": torch.zeros(1)}
         def __init__(self):
@@ -122,10 +152,11 @@ def test_a_new_data_set_needs_a_length_and_a_batch():
 
 @pytest.mark.parametrize("dropout", [0., 0.3])
 def test_label_dropout_in_the_loop(dropout):
-    "What the model is really shown: its images' own labels or the null label, at the rate that was asked for."
+    "In training, the model sees the images' own labels or the null label, at the given rate."
     config = TrainConfig(epochs=30, batch_size=50, label_dropout=dropout)
     state, shown = fresh_state(config=config), []
-    state.model.register_forward_pre_hook(lambda module, args, kwargs: shown.append(kwargs["labels"]), with_kwargs=True)
+    def record(module, args, kwargs): shown.append(kwargs["labels"])
+    state.model.register_forward_pre_hook(record, with_kwargs=True)
     for _ in train_steps(state, FEW, objective(config), config): pass
     shown = torch.stack(shown)                                      # (steps, images)
     n, null = shown.numel(), shown == 10
@@ -133,13 +164,17 @@ def test_label_dropout_in_the_loop(dropout):
     for epoch, labels in enumerate(shown):
         _, expected = next(batches(FEW, 50, generator=random_generator(0, 0, epoch)))
         assert torch.equal(labels[labels < 10], expected["labels"][labels < 10])
-    untouched = torch.equal(state.model.class_embedding.weight[10], fresh_state(config=config).model.class_embedding.weight[10])
+    fresh = fresh_state(config=config)
+    untouched = torch.equal(state.model.class_embedding.weight[10], fresh.model.class_embedding.weight[10])
     assert untouched == (dropout == 0)
 
 
 def test_random_generator_depends_on_its_numbers_alone():
-    "The same numbers the same draws, other numbers (also the same ones in another order) other draws."
-    draw = lambda *numbers: torch.rand(4, generator=random_generator(*numbers))
+    """The same numbers give the same draws, and other numbers give other draws.
+
+    The same numbers in another order count as other numbers.
+    """
+    def draw(*numbers): return torch.rand(4, generator=random_generator(*numbers))
     torch.manual_seed(5)
     first = draw(1, 2)
     torch.manual_seed(6)
@@ -149,7 +184,7 @@ def test_random_generator_depends_on_its_numbers_alone():
 
 
 def test_ema_is_its_closed_form():
-    "`d^k start + (1 - d) sum d^(k - i) weight_i`, float64."
+    "In float64, the average is `d^k start + (1 - d) sum d^(k - i) weight_i`."
     toy = nn.Linear(3, 2).double()
     average, start, decay, history = copy.deepcopy(toy), toy.weight.detach().clone(), 0.8, []
     for step in range(12):
@@ -158,11 +193,11 @@ def test_ema_is_its_closed_form():
         update_ema(average, toy, decay)
     expected = decay**12*start + (1 - decay)*sum(decay**(11 - i)*weight for i, weight in enumerate(history))
     assert_close(average.weight.detach(), expected, rtol=0, atol=1e-14)
-    assert torch.equal(toy.weight, history[-1])                      # the model itself is left alone
+    assert torch.equal(toy.weight, history[-1])                      # the model itself does not change
 
 
 def test_buffers_are_not_averaged():
-    "They are copied, bit for bit, whole numbers too; an average of two counters means nothing."
+    "Buffers are copied bit for bit, because an average of two counters would mean nothing."
     toy = nn.BatchNorm1d(2)
     toy.register_buffer("table", torch.tensor([1/3, 1e-8]))
     average = copy.deepcopy(toy)
@@ -174,29 +209,39 @@ def test_buffers_are_not_averaged():
 
 
 def test_ema_decay_warms_up():
-    "It starts at 1/10, never falls, ends at `longest`; what is left of the start is 1/C(k + 9, 9)."
+    """The decay starts at 1/10, never falls and ends at `longest`.
+
+    After k steps, 1/C(k + 9, 9) of the start is left.
+    """
     decays = [ema_decay(step, 0.999) for step in range(20_000)]
     assert decays[0] == 0.1 and decays[-1] == 0.999
     assert all(a <= b for a, b in zip(decays, decays[1:]))
     assert decays.index(0.999) == 8990                              # (1 + k)/(10 + k) = 0.999
-    for k in (1, 10, 100, 1000): assert math.isclose(math.prod(decays[:k]), 1/math.comb(k + 9, 9), rel_tol=1e-12)
+    for k in (1, 10, 100, 1000):
+        assert math.isclose(math.prod(decays[:k]), 1/math.comb(k + 9, 9), rel_tol=1e-12)
     assert ema_decay(0, 0.) == 0 and ema_decay(10**9) == 0.999
 
 
 def test_average_in_the_loop():
-    "After each step the average has taken in the weights of that very step, with the warmed-up decay."
+    "After each step, the average includes the weights of that step, with the warmed-up decay."
     state = fresh_state()
     expected = {name: weight.clone() for name, weight in state.ema.state_dict().items()}
     for record in train_steps(state, FEW, objective(CONFIG), CONFIG):
         decay = min(0.999, record.step/(9 + record.step))           # counted from 1 here
-        for name, weight in state.model.state_dict().items(): expected[name] = decay*expected[name] + (1 - decay)*weight
-        for name, weight in state.ema.state_dict().items(): assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+        for name, weight in state.model.state_dict().items():
+            expected[name] = decay*expected[name] + (1 - decay)*weight
+        for name, weight in state.ema.state_dict().items():
+            assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in state.ema.parameters()) and not state.ema.training
 
 
 def test_first_step_is_adamw_by_hand():
-    "One step of plain AdamW on the clipped gradient of the mean loss, with the draws of seed and step: algorithm 1 written out."
-    config = TrainConfig(epochs=1, batch_size=50, lr=1e-3, weight_decay=0.1, label_dropout=0., grad_clip=0.01, seed=3)
+    """One step is algorithm 1 written out: plain AdamW on the clipped gradient of the mean loss.
+
+    Its random draws depend on seed and step.
+    """
+    config = TrainConfig(epochs=1, batch_size=50, lr=1e-3, weight_decay=0.1, label_dropout=0., grad_clip=0.01,
+                         seed=3)
     state, mine = fresh_state(config=config), fresh_state(config=config).model
     record = next(train_steps(state, FEW, objective(config), config))
     x0, cond = next(batches(FEW, 50, generator=random_generator(3, 0, 0)))
@@ -208,14 +253,18 @@ def test_first_step_is_adamw_by_hand():
     length = sum(p.grad.square().sum() for p in mine.parameters() if p.grad is not None).sqrt()
     assert length > config.grad_clip
     assert_close(record.losses, losses.detach(), rtol=1e-6, atol=0)
-    assert math.isclose(record.loss, losses.mean().item(), rel_tol=1e-6) and math.isclose(record.grad_norm, length.item(), rel_tol=1e-5)
+    assert math.isclose(record.loss, losses.mean().item(), rel_tol=1e-6)
+    assert math.isclose(record.grad_norm, length.item(), rel_tol=1e-5)
     for before, after in zip(mine.parameters(), state.model.parameters()):
         gradient = before.grad*0.01/length
         assert_close(after, before*(1 - 1e-3*0.1) - 1e-3*gradient/(gradient.abs() + 1e-8), rtol=0, atol=2e-5)
 
 
 def test_another_callable_may_compute():
-    "Predictions come from it, weights and average are those of the state's own network, and the run is the same."
+    """Another callable can make the predictions, for example a wrapper of the network.
+
+    The state's own weights and average are trained, and the run is the same.
+    """
     config = TrainConfig(epochs=2, batch_size=25)
     plain, other, calls = fresh_state(config=config), fresh_state(config=config), []
     def through(*args, **cond):
@@ -230,31 +279,44 @@ def test_another_callable_may_compute():
 
 
 def test_each_image_once_an_epoch():
-    "Steps, epochs and sizes of the batches; `max_steps` ends the run earlier."
+    """Every image is used once in an epoch, in batches of the given size.
+
+    `max_steps` ends the run earlier.
+    """
     config = TrainConfig(epochs=2, batch_size=20)
     records = list(train_steps(fresh_state(config=config), FEW, objective(config), config))
-    assert [(r.step, r.epoch, len(r.losses)) for r in records] == [(1, 0, 20), (2, 0, 20), (3, 0, 10), (4, 1, 20), (5, 1, 20), (6, 1, 10)]
+    expected = [(1, 0, 20), (2, 0, 20), (3, 0, 10), (4, 1, 20), (5, 1, 20), (6, 1, 10)]
+    assert [(r.step, r.epoch, len(r.losses)) for r in records] == expected
     assert total_steps(config, 50) == 6
     for max_steps in (4, 100):
         config = TrainConfig(epochs=2, batch_size=20, max_steps=max_steps)
-        assert len(list(train_steps(fresh_state(config=config), FEW, objective(config), config))) == total_steps(config, 50) == min(6, max_steps)
+        records = list(train_steps(fresh_state(config=config), FEW, objective(config), config))
+        assert len(records) == total_steps(config, 50) == min(6, max_steps)
 
 
 def test_learning_rate():
-    "A straight rise, then a constant or half a cosine to 0; the loop uses what the function says."
+    """The rate rises in a straight line, then stays constant or falls along half a cosine to 0.
+
+    The training loop uses this rate.
+    """
     config = TrainConfig(lr=1e-3, warmup_steps=4, lr_decay=True)
     rates = [learning_rate(step, config, 104) for step in range(105)]
     assert_close(torch.tensor(rates[:5]), torch.tensor([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3]))
     assert all(math.isclose(rates[4 + k], 1e-3*math.cos(math.pi*k/200)**2, abs_tol=1e-12) for k in range(101))
     assert learning_rate(10**6, TrainConfig(lr=1e-3, warmup_steps=4), 104) == 1e-3
-    state, config = fresh_state(), TrainConfig(epochs=2, batch_size=20, lr=1e-3, warmup_steps=2, lr_decay=True)
+    state = fresh_state()
+    config = TrainConfig(epochs=2, batch_size=20, lr=1e-3, warmup_steps=2, lr_decay=True)
     for record in train_steps(state, FEW, objective(config), config):
         assert record.lr == state.optimizer.param_groups[0]["lr"] == learning_rate(record.step - 1, config, 6)
 
 
 def test_the_loss_falls():
-    "Forty steps on ten images bring it well below that of a network that says 0 (seen: 0.82 to 0.53), for the average as well."
-    config, data = TrainConfig(epochs=40, batch_size=10, lr=1e-2), load_sample()[torch.arange(0, 1000, 100)]
+    """Forty steps on ten images bring the loss well below that of a network that predicts 0.
+
+    We saw it fall from 0.82 to 0.53. The average improves as well.
+    """
+    config = TrainConfig(epochs=40, batch_size=10, lr=1e-2)
+    data = load_sample()[torch.arange(0, 1000, 100)]
     state = fresh_state(config=config)
     before = validation_loss(state.model, data, SCHEDULER)
     for _ in train_steps(state, data, objective(config), config): pass
@@ -262,7 +324,10 @@ def test_the_loss_falls():
 
 
 def cut_and_go_on(k):
-    "Train k steps, save to bytes, read them into another network, go on. Returns the state and its records."
+    """Trains k steps, saves to bytes, loads them into another network and trains on.
+
+    Returns the state and its records.
+    """
     first = fresh_state()
     for record in train_steps(first, FEW, objective(CONFIG), CONFIG):
         if record.step == k: break
@@ -270,46 +335,62 @@ def cut_and_go_on(k):
     torch.save([part.state_dict() for part in (first.model, first.ema, first.optimizer)], file)
     file.seek(0)
     second = fresh_state(seed=1)
-    for part, values in zip((second.model, second.ema, second.optimizer), torch.load(file, weights_only=True)): part.load_state_dict(values)
+    parts = (second.model, second.ema, second.optimizer)
+    for part, values in zip(parts, torch.load(file, weights_only=True)): part.load_state_dict(values)
     second.step = k
-    torch.manual_seed(k)                                            # whatever else drew numbers meanwhile
+    torch.manual_seed(k)                                            # something else may have drawn numbers
     return second, list(train_steps(second, FEW, objective(CONFIG), CONFIG))
 
 
 def test_resumed_run_equals_the_unbroken_one():
-    "Cut after every possible step, at the edge of an epoch (3) and inside: losses, times, weights, average and optimizer, bit for bit."
+    """A run can stop after any step, also at the end of an epoch (step 3), and resume.
+
+    Losses, times, weights, average and optimizer are the same bit for bit.
+    """
+    def numbers(record): return record.step, record.epoch, record.loss, record.lr, record.grad_norm
     unbroken = fresh_state()
     records = list(train_steps(unbroken, FEW, objective(CONFIG), CONFIG))
-    assert len({tuple(record.level[:10].tolist()) for record in records}) == 6     # every step has draws of its own
+    # every step has its own draws
+    assert len({tuple(record.level[:10].tolist()) for record in records}) == 6
     for k in (1, 2, 3, 4, 5):
         resumed, rest = cut_and_go_on(k)
-        assert [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in rest] == [(r.step, r.epoch, r.loss, r.lr, r.grad_norm) for r in records[k:]]
-        assert all(torch.equal(a.level, b.level) and torch.equal(a.losses, b.losses) for a, b in zip(rest, records[k:]))
+        assert [numbers(record) for record in rest] == [numbers(record) for record in records[k:]]
+        assert all(torch.equal(a.level, b.level) and torch.equal(a.losses, b.losses)
+                   for a, b in zip(rest, records[k:]))
         assert resumed.step == unbroken.step == 6 and same(everything(resumed), everything(unbroken))
 
 
 def test_seed_decides_the_run():
     "Another seed is another run, even from the same weights."
-    losses = [next(train_steps(fresh_state(), FEW, objective(CONFIG), TrainConfig(batch_size=20, seed=seed))).loss for seed in (0, 0, 1)]
+    losses = []
+    for seed in (0, 0, 1):
+        config = TrainConfig(batch_size=20, seed=seed)
+        losses.append(next(train_steps(fresh_state(), FEW, objective(CONFIG), config)).loss)
     assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_loss_stops_before_the_step(bad):
-    "Two good steps, then a weight breaks: an error that names the step, and nothing but that weight has changed."
+    """After two good steps we break a weight, and the error names the third step.
+
+    Nothing but that weight has changed.
+    """
     state = fresh_state()
     steps = train_steps(state, FEW, objective(CONFIG), CONFIG)
-    next(steps), next(steps)
+    next(steps)
+    next(steps)
     nn.init.constant_(state.model.conv_out.bias, bad)
     before = copy.deepcopy(everything(state))
     with pytest.raises(FloatingPointError, match="at step 3"): next(steps)
-    assert state.step == 2 and all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(everything(state), before, strict=True))
+    assert state.step == 2
+    for now, then in zip(everything(state), before, strict=True):
+        assert torch.equal(now.nan_to_num(7), then.nan_to_num(7))
     assert all(parameter.isfinite().all() for parameter in state.ema.parameters())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_gradient_stops_before_the_step(bad):
-    "The loss is a number and one gradient is none."
+    "The loss is finite, but a gradient is NaN or infinite, and the run stops before the step."
     state = fresh_state()
     steps = train_steps(state, FEW, objective(CONFIG), CONFIG)
     next(steps)
@@ -320,7 +401,10 @@ def test_bad_gradient_stops_before_the_step(bad):
 
 
 def test_validation_loss_is_one_number():
-    "The same at every call, whatever else draws numbers; it is the mean over all images; no gradient is left behind."
+    """The validation loss is the mean over all images, and the same at every call.
+
+    It does not depend on other random draws, and it leaves no gradient behind.
+    """
     model = randomised(UNet(TINY)).requires_grad_()
     found = []
     for seed in (1, 2):
@@ -330,94 +414,121 @@ def test_validation_loss_is_one_number():
     assert found[0] == found[1] and math.isfinite(found[0])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert validation_loss(randomised(UNet(TINY), seed=1), FEW, SCHEDULER, batch_size=20) != found[0]
-    zero = nn.Conv2d(1, 1, 1)                                       # predicts 0: its loss is the mean of the targets' squares
+    # predicts 0, so its loss is the mean of the squared targets
+    zero = nn.Conv2d(1, 1, 1)
     def forward(x, t, labels):
         assert not torch.is_grad_enabled()
         return x*0
     zero.forward = forward
     noise_scheduler = NoiseScheduler.cosine(50)
-    assert abs(validation_loss(zero, FEW, noise_scheduler, batch_size=20) - 1) < 5*math.sqrt(2/FEW.images.numel())
+    loss = validation_loss(zero, FEW, noise_scheduler, batch_size=20)
+    assert abs(loss - 1) < 5*math.sqrt(2/FEW.images.numel())
 
 
 def test_validation_uses_the_labels():
-    "A model that is shown other labels has another loss."
+    "If the model is shown other labels, its validation loss changes."
     model, other = randomised(UNet(TINY)), copy.deepcopy(FEW)
     other.labels.copy_((other.labels + 1) % 10)
     assert abs(validation_loss(model, FEW, SCHEDULER) - validation_loss(model, other, SCHEDULER)) > 1e-4
 
 
 def test_bf16_keeps_weights_and_loss_in_fp32():
-    "Half precision inside the network only; the numbers differ a little and stay finite."
+    """Only the network computes in half precision.
+
+    The losses differ a little from those in fp32.
+    """
     losses = {}
     for precision in ("fp32", "bf16"):
         state = fresh_state()
-        nn.init.normal_(state.model.conv_out.weight, std=0.1)        # else both predict exactly 0
+        nn.init.normal_(state.model.conv_out.weight, std=0.1)        # otherwise both predict exactly 0
         record = next(train_steps(state, FEW, objective(CONFIG), CONFIG, precision))
         losses[precision] = record.losses
-        assert record.losses.dtype == torch.float32 and all(p.dtype == torch.float32 for p in state.model.parameters())
+        assert record.losses.dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in state.model.parameters())
     assert not torch.equal(*losses.values())
     assert_close(losses["bf16"], losses["fp32"], rtol=0.1, atol=0.02)   # bf16 keeps three digits at most
 
 
-@pytest.mark.parametrize("settings", [dict(epochs=0), dict(batch_size=0), dict(max_steps=0), dict(lr=0.), dict(lr=math.nan), dict(lr=math.inf),
-                                      dict(grad_clip=0.), dict(weight_decay=-1.), dict(warmup_steps=-1), dict(label_dropout=1.),
-                                      dict(ema_decay=1.), dict(ema_decay=-0.1), dict(seed=-1), dict(epochs=2.5), dict(batch_size=32.),
-                                      dict(max_steps=1.5), dict(warmup_steps="3"), dict(seed=None)])
+@pytest.mark.parametrize("settings", [
+    dict(epochs=0), dict(batch_size=0), dict(max_steps=0), dict(lr=0.), dict(lr=math.nan), dict(lr=math.inf),
+    dict(grad_clip=0.), dict(weight_decay=-1.), dict(warmup_steps=-1), dict(label_dropout=1.),
+    dict(ema_decay=1.), dict(ema_decay=-0.1), dict(seed=-1), dict(epochs=2.5), dict(batch_size=32.),
+    dict(max_steps=1.5), dict(warmup_steps="3"), dict(seed=None)])
 def test_what_cannot_work_is_refused(settings):
-    "When the config is made, naming the field."
+    "A wrong setting raises an error when the config is made, and the message names the field."
     with pytest.raises(ValueError, match=next(iter(settings))): TrainConfig(**settings)
 
 
 IMAGES, TIMES = torch.zeros(3, 1, 8, 8), torch.tensor([0, 20, 49])
 
-@pytest.mark.parametrize("output", [lambda x: torch.cat([x, x], dim=1), lambda x: x[:1], lambda x: x[:, :, :1], lambda x: x.long(), lambda x: (x, x)],
-                         ids=["twice the channels", "one image", "one row of pixels", "whole numbers", "a pair"])
+WRONG_OUTPUTS = {"twice the channels": lambda x: torch.cat([x, x], dim=1), "one image": lambda x: x[:1],
+                 "one row of pixels": lambda x: x[:, :, :1], "whole numbers": lambda x: x.long(),
+                 "a pair": lambda x: (x, x)}
+
+@pytest.mark.parametrize("output", WRONG_OUTPUTS.values(), ids=WRONG_OUTPUTS)
 def test_loss_of_another_shape_is_refused(output):
-    "A prediction that is no more than broadcast to the target, or rounded, has no loss."
+    "A prediction that would have to be broadcast to the target, or that is not floating point, is refused."
     with pytest.raises(ValueError, match=r"the model's output is .*must be floating point \(3, 1, 8, 8\)"):
         diffusion_loss(lambda x, t: output(x), SCHEDULER, IMAGES, t=TIMES, noise=IMAGES)
 
 
-@pytest.mark.parametrize("change, says", [(dict(x0=IMAGES.byte()), "x0 must be floating point"), (dict(x0=IMAGES.long(), noise=IMAGES.long()), "x0 must be floating point"),
-                                          (dict(noise=IMAGES[:1]), "same shape"), (dict(noise=IMAGES.long()), "noise must be floating point"),
-                                          (dict(t=TIMES.float()), "t must be int64"), (dict(t=TIMES.int()), "t must be int64"), (dict(t=TIMES[:1]), "t must be"),
-                                          (dict(t=TIMES[:, None]), "t must be"), (dict(t=TIMES + 1), "t must be in"), (dict(labels=TIMES[:1]), "there are 3 samples")])
+@pytest.mark.parametrize("change, says", [
+    (dict(x0=IMAGES.byte()), "x0 must be floating point"),
+    (dict(x0=IMAGES.long(), noise=IMAGES.long()), "x0 must be floating point"),
+    (dict(noise=IMAGES[:1]), "same shape"), (dict(noise=IMAGES.long()), "noise must be floating point"),
+    (dict(t=TIMES.float()), "t must be int64"), (dict(t=TIMES.int()), "t must be int64"),
+    (dict(t=TIMES[:1]), "t must be"), (dict(t=TIMES[:, None]), "t must be"),
+    (dict(t=TIMES + 1), "t must be in"), (dict(labels=TIMES[:1]), "there are 3 samples")])
 def test_loss_of_what_does_not_fit_together(change, says):
-    "Images, noise, times and conditions: the message names which."
+    "If images, noise, times or conditions do not fit together, the message names the wrong one."
     arguments = dict(x0=IMAGES, t=TIMES, noise=IMAGES, labels=TIMES) | change
-    with pytest.raises((TypeError, ValueError), match=says): diffusion_loss(lambda x, t, labels: x, SCHEDULER, arguments.pop("x0"), **arguments)
+    def model(x, t, labels): return x
+    with pytest.raises((TypeError, ValueError), match=says):
+        diffusion_loss(model, SCHEDULER, arguments.pop("x0"), **arguments)
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(4), torch.eye(4, dtype=torch.long), torch.tensor(3), torch.zeros(4, dtype=torch.int32)], ids=["floats", "one-hot", "one", "int32"])
+@pytest.mark.parametrize("labels", [torch.zeros(4), torch.eye(4, dtype=torch.long), torch.tensor(3),
+                                    torch.zeros(4, dtype=torch.int32)],
+                         ids=["floats", "one-hot", "one", "int32"])
 def test_drop_labels_refuses_other_labels(labels):
-    "Of one-hot labels, single digits would be dropped."
-    with pytest.raises(ValueError, match=r"labels must be torch.int64 \(B\)"): drop_labels(labels, 0.5, random_generator(0))
+    "Labels must be int64, one for each image. Of one-hot labels, only single digits would be dropped."
+    with pytest.raises(ValueError, match=r"labels must be torch.int64 \(B\)"):
+        drop_labels(labels, 0.5, random_generator(0))
 
 
 def test_average_of_another_network_is_refused():
-    "Also where the weights would broadcast; nothing is changed before."
+    """The average and the model must have the same weights, even where they could be broadcast.
+
+    The error comes before anything has changed.
+    """
     class Counter(nn.Module):
         def __init__(self, value):
             super().__init__()
             self.register_buffer("count", value)
-    pairs = [(nn.Linear(3, 2), nn.Linear(3, 1)), (nn.Linear(3, 2), nn.Linear(3, 2).double()), (nn.Linear(3, 2), nn.Linear(3, 2, bias=False)),
-             (Counter(torch.zeros(2)), Counter(torch.zeros(1))), (Counter(torch.zeros(2).long()), Counter(torch.zeros(2)))]
+    pairs = [(nn.Linear(3, 2), nn.Linear(3, 1)), (nn.Linear(3, 2), nn.Linear(3, 2).double()),
+             (nn.Linear(3, 2), nn.Linear(3, 2, bias=False)),
+             (Counter(torch.zeros(2)), Counter(torch.zeros(1))),
+             (Counter(torch.zeros(2).long()), Counter(torch.zeros(2)))]
     for average, other in pairs:
         before = copy.deepcopy(average.state_dict())
-        with pytest.raises(ValueError, match="start it as a copy of the model"): update_ema(average, other, 0.5)
+        with pytest.raises(ValueError, match="start it as a copy of the model"):
+            update_ema(average, other, 0.5)
         assert all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
 
 
 def test_precision_must_be_known():
-    "Another name would train in fp32 in silence."
+    "An unknown precision is refused. It would silently train in fp32."
     for precision in ("fp16", "BF16", torch.bfloat16, None):
-        with pytest.raises(ValueError, match="precision must be fp32 or bf16"): next(train_steps(fresh_state(), FEW, objective(CONFIG), CONFIG, precision))
-        with pytest.raises(ValueError, match="precision must be fp32 or bf16"): validation_loss(fresh_state().ema, FEW, SCHEDULER, precision=precision)
+        with pytest.raises(ValueError, match="precision must be fp32 or bf16"):
+            next(train_steps(fresh_state(), FEW, objective(CONFIG), CONFIG, precision))
+        with pytest.raises(ValueError, match="precision must be fp32 or bf16"):
+            validation_loss(fresh_state().ema, FEW, SCHEDULER, precision=precision)
 
 
 def test_batch_larger_than_the_data_is_refused():
-    "Before the first step; as many as there are is fine."
+    "A batch larger than the data is refused before the first step. A batch of all images is fine."
     config = TrainConfig(epochs=1, batch_size=51)
-    with pytest.raises(ValueError, match="batch_size is 51, but there are only 50 images"): next(train_steps(fresh_state(config=config), FEW, objective(config), config))
+    with pytest.raises(ValueError, match="batch_size is 51, but there are only 50 images"):
+        next(train_steps(fresh_state(config=config), FEW, objective(config), config))
     config = TrainConfig(epochs=1, batch_size=50)
     assert len(next(train_steps(fresh_state(config=config), FEW, objective(config), config)).losses) == 50
