@@ -423,9 +423,11 @@ def load_fashion_mnist(
     return ImageData(dataset.data[:, None], dataset.targets, CLASSES)[part]
 
 # %% ../nbs/01_data.ipynb #01-load-data
-def _sample_data(root): return load_sample("train"), load_sample("test")
+def _sample_data(root):
+    return load_sample("train"), load_sample("test")
 
-def _fashion_mnist_data(root): return load_fashion_mnist(root, "train"), load_fashion_mnist(root, "validation")
+def _fashion_mnist_data(root):
+    return load_fashion_mnist(root, "train"), load_fashion_mnist(root, "validation")
 
 # each takes a data root, and gives training and validation images
 DATA_SETS = {"fashion_mnist": _fashion_mnist_data, "sample": _sample_data}

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ddpm_tutorial.data import (CLASSES, DATA_SETS, PIXELS, RAW_FILES, DataError, ImageData, batches,
                                 check_raw_files, default_data_root, fingerprint, full_or_tiny, hold_out,
-                                image_grid, load_data, load_fashion_mnist, load_images, load_sample, to_float, to_pil, to_uint8,
-                                without_labels)
+                                image_grid, load_data, load_fashion_mnist, load_images, load_sample, to_float,
+                                to_pil, to_uint8, without_labels)
 from ddpm_tutorial.run.config import PRESETS, fit_to_data
 from ddpm_tutorial.run.device import new_model
 from ddpm_tutorial.training import diffusion_objective, new_state, train_steps, validation_loss

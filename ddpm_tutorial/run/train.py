@@ -341,7 +341,8 @@ def train_to_end(
 def save_and_report(run: Run):
     "Saves a run that stops in the middle, and writes its report."
     save(run, must=True)
-    print(f"stopped and saved after step {run.state.step:,}; continue with --resume", file=sys.stderr, flush=True)
+    print(f"stopped and saved after step {run.state.step:,}; continue with --resume",
+          file=sys.stderr, flush=True)
     try_report(run.folder)
 
 def run_main_process(
