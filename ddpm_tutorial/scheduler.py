@@ -319,7 +319,7 @@ class SchedulerConfig:
     variance_type: str="fixed_small"    # "fixed_small" or "fixed_large"
 
     def __post_init__(self):
-        if self.num_steps > 100_000: # said before so many are built
+        if self.num_steps > 100_000: # before so many are built
             raise ValueError(f"num_steps must be at most 100,000, not {self.num_steps}")
         self.build()
 
