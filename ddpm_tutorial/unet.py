@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 # %% ../nbs/04_unet.ipynb #04-down-level
 class DownLevel(nn.Module):
-    "Half the size (except on the first level), then blocks. It keeps the maps that the way up will need."
+    "Halves the size (except on the first level), then runs blocks and keeps the maps for the way up."
     def __init__(self,
         in_channels: int,
         out_channels: int,
@@ -202,7 +202,7 @@ class Middle(nn.Module):
 
 # %% ../nbs/04_unet.ipynb #04-up-level
 class UpLevel(nn.Module):
-    "Up to the size of its skips (except on the smallest level), then blocks with a skip beside the input."
+    "Enlarges to its skips' size (except on the smallest level), then runs blocks on input and skip."
     def __init__(self,
         in_channels: int,
         out_channels: int,
