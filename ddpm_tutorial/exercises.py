@@ -83,7 +83,7 @@ class _Exercise:
     "What the checker knows."
     cases: tuple    # the arguments of each try
     right: list     # what the right answer returns in each case, as tensors
-    mistakes: dict  # hint: what the wrong answer that it is for returns in each case, as tensors
+    mistakes: dict  # hint: what its wrong answer returns in each case, as tensors
     eps: float      # relative and absolute tolerance
 
 def _call(function, case):
@@ -168,7 +168,7 @@ def _judge(task, answer):
 def exercise(
     expected: Callable,           # the right answer; only what it returns is used
     *cases: tuple,                # the arguments of each try
-    typical: dict[str, Callable], # hint: the wrong answer that it is for
+    typical: dict[str, Callable], # hint: the wrong answer that gets it
     eps: float=1e-4               # relative and absolute tolerance; 0.01 or more for a guess or a measurement
 ) -> Callable:                    # check(answer) prints the verdict and never raises
     "An exercise. Raises `ValueError` if a typical wrong answer doesn't get its own hint."

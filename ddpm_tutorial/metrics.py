@@ -71,7 +71,7 @@ def train_classifier(
     precision: str="fp32",     # "fp32" or "bf16" (autocast)
     device: str|torch.device="cpu"
 ) -> Classifier:               # stays on the device
-    "Trains with the loop of lesson 07. It shares nothing else with a diffusion model but the data."
+    "Trains with the loop of lesson 07. Besides that, it shares only the data with a diffusion model."
     steps = epochs*math.ceil(len(data)/128)
     config = TrainConfig(epochs=epochs, batch_size=128, lr=5e-3, warmup_steps=3*steps//10, lr_decay=True,
                          weight_decay=0.05)
@@ -133,7 +133,7 @@ def class_agreement(
 
 # %% ../nbs/15_metrics.ipynb #dd879774
 def identity_extractor(num_features: int) -> nn.Module:
-    "Hands features on unchanged, for a metric that otherwise computes them itself."
+    "Passes features on unchanged, for a metric that otherwise computes them itself."
     extractor = nn.Identity()
     extractor.num_features = num_features
     return extractor
@@ -176,7 +176,7 @@ def density_and_coverage(
     generated: Tensor, # features (m, d)
     k: int=5           # neighbours
 ) -> tuple[float, float]:
-    """How dense reality is where the samples lie, and the share of real images that samples reach.
+    """How dense the real images are where the samples lie, and the share of real images that samples reach.
 
     Equations 3 and 4 of [2002.09797](https://arxiv.org/abs/2002.09797)."""
     radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values     # (n,): the nearest is the image itself
@@ -236,7 +236,7 @@ def paired_difference(
     one: Sequence[float],   # n values for one setting, one for each seed
     other: Sequence[float]  # n values for the other setting, with the same seeds in the same order
 ) -> tuple[float, float]:   # mean of one - other, and its standard error
-    """How far apart two settings are that were measured in pairs.
+    """How far apart two settings are, measured in pairs.
 
     Raises `ValueError` for different lengths or fewer than two pairs."""
     if len(one) != len(other):

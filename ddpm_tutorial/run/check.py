@@ -45,7 +45,7 @@ class CheckOptions:
 @contextmanager
 def part(
     name: str # of the part that is tried inside the `with`
-) -> Iterator[Callable]: # takes what there is to say
+) -> Iterator[Callable]: # takes words to add to the line
     "Prints a part's name, its time and what it has to say. Turns any error into a `CheckError`."
     said, start = [], time.perf_counter()
     try:

@@ -79,7 +79,7 @@ def inception_distance(
 def wrong_usage() -> Iterator[None]:
     """Turns a `MetricError` into a `ConfigError`.
 
-    The caller of the command chose the images, so the error is about wrong usage."""
+    The caller of the command chose the images, so this is wrong usage."""
     try: yield
     except MetricError as error: raise ConfigError(str(error)) from error
 
