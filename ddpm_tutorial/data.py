@@ -69,7 +69,7 @@ class ImageData:
 def load_sample(
     split: str="train" # "train" (100 images a class) or "test" (20 a class)
 ) -> ImageData:        # images uint8 (n, 1, 28, 28), labels int64 (n,)
-    "The part of Fashion-MNIST that comes with the package: real images, no network."
+    "The part of Fashion-MNIST that comes with the package: real images, no download."
     if split not in ("train", "test"): raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     with np.load(files("ddpm_tutorial")/"assets"/"fashion_mnist_sample.npz") as arrays:
         images = torch.from_numpy(arrays[f"{split}_images"])
@@ -437,7 +437,7 @@ def load_data(
     root: str|Path|None=None,     # data root of Fashion-MNIST
     resize: int|None=None         # as in `load_images`, for every data set
 ) -> tuple[ImageData, ImageData]: # training and validation images
-    "Training and validation images of a run. Validation: 2,000 test images, or a tenth of your own."
+    "Training and validation images of a run. Validation: test images or a tenth of your own, 2,000 at most."
     if name in DATA_SETS:
         train, validation = DATA_SETS[name](root)
         return _resized(train, resize), _resized(validation, resize)

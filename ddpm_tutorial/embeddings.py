@@ -59,7 +59,7 @@ def group_norm(
     affine: bool=True # with a learned scale and shift
 ) -> nn.GroupNorm:
     """Group norm ([1803.08494](https://arxiv.org/abs/1803.08494)).
-    Raises a `ValueError` that lists the numbers of groups that divide."""
+    Raises a `ValueError` that lists the numbers of groups that would work."""
     if num_channels % num_groups:
         valid = [n for n in range(1, num_channels + 1) if num_channels % n == 0]
         raise ValueError(f"{num_channels} channels cannot be split into {num_groups} groups; "
