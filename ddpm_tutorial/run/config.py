@@ -93,7 +93,7 @@ def config_from_dict(
         raise ConfigError(f"this is no configuration: {error}") from error
 
 # %% ../../nbs/10_config.ipynb #ce9657f9
-# may change between two starts of one run: its length, and where its images come from
+# may change between two starts of one run: its length, and where the same images come from
 MAY_DIFFER = {"train.epochs", "train.max_steps", "data", "resize"}
 
 def differences(
