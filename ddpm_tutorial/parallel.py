@@ -31,14 +31,14 @@ def own_rows(
 # %% ../nbs/09_parallel.ipynb #e19e353a
 class SharedBatch(nn.Module):
     """A network whose batch is shared out among the processes of the group. Each process is given the whole
-    batch, computes its rows, and gets the predictions for all of them. So loss and gradient are those of the
+    batch, computes its own rows, and gets the predictions of all rows. So loss and gradient are those of the
     whole batch in every process."""
     def __init__(self,
         network: nn.Module # on its device; every process must have one
     ):
         super().__init__()
         self.parallel = DistributedDataParallel(network)
-        self.null_cond = getattr(network, "null_cond", {}) # what an objective asks for
+        self.null_cond = getattr(network, "null_cond", {}) # an objective reads it
 
     def forward(self,
         x: Tensor, # (B, ...), the same in all processes
@@ -82,7 +82,7 @@ _LOST_CONNECTION = ("[Cc]onnection (closed|reset|refused)|by peer|"
 
 @contextmanager
 def notice_lost_peers():
-    """Put it around a step: the error of a broken connection becomes `PeerLost`. The step was not taken then,
+    """Put it around a step: the error of a broken connection becomes `PeerLost`. That step was not taken,
     because gradients are exchanged before the update."""
     try: yield
     except RuntimeError as error:

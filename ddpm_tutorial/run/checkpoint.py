@@ -31,8 +31,8 @@ class CheckpointError(Exception):
 class DamagedCheckpoint(CheckpointError):
     "A checkpoint that cannot be trusted at all. An older one may be undamaged."
 
-FORMAT = 3 # of a checkpoint that is saved
-READABLE = (2, FORMAT) # in 2 the network's weights have other names; they are renamed as they load
+FORMAT = 3 # of the checkpoints that we save
+READABLE = (2, FORMAT) # in format 2 the weights have other names; they are renamed on loading
 
 def iter_tensors(
     values # dictionaries and lists, nested to any depth
@@ -65,7 +65,7 @@ def save_checkpoint(
 def find_checkpoints(
     folder: Path # of a run, or of its checkpoints
 ) -> list[Path]: # the best one first
-    "The checkpoints that somebody may mean who names a folder."
+    "The checkpoints that you may mean when you name a folder."
     names = ("best_model.pth", "latest.pth", "*.pth", "*.safetensors")
     return [file for place in (folder/"checkpoints", folder) for name in names
             for file in sorted(place.glob(name))]
@@ -98,7 +98,7 @@ def _check_sums(path: Path):
 
 def _read_values(path: Path) -> dict:
     "The content of a checkpoint of this format. Nothing in the file is run."
-    try: # an open file and not the path, because torch would go by the ending of the path
+    try: # an open file and not the path, because torch would judge by the path's ending
         with open(path, "rb") as file: values = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError: raise
     except Exception as error:
@@ -229,7 +229,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, values: dict):
         for name in ("exp_avg", "exp_avg_sq"):
             if memory[name].shape != weight.shape:
                 raise ValueError("the optimizer's memory has another shape")
-            # It must be laid out as the weight is. The layout was another one if the run was saved on a GPU,
+            # It must have the memory layout of the weight. After a run on a GPU it may have another one,
             # and the fused AdamW doesn't check.
             memory[name] = torch.empty_like(weight).copy_(memory[name])
 

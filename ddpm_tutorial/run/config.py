@@ -73,7 +73,7 @@ def _with_tuples(value, default, name):
     return tuple(value)
 
 def _with_sampling(values):
-    "Until version 0.7 the fields of `sampling` stood beside the other parts: puts them into their own part."
+    "Puts the fields of `sampling`, which stood beside the other parts until version 0.7, into their own."
     if "sampling" in values: return values
     of_sampling = values.keys() & {field.name for field in fields(SamplingConfig)}
     others = {name: value for name, value in values.items() if name not in of_sampling}
@@ -93,7 +93,7 @@ def config_from_dict(
         raise ConfigError(f"this is no configuration: {error}") from error
 
 # %% ../../nbs/10_config.ipynb #ce9657f9
-# may change between two starts of one run: its length, and how the same images are named
+# may change between two starts of one run: its length, and where the same images come from
 MAY_DIFFER = {"train.epochs", "train.max_steps", "data", "resize"}
 
 def differences(

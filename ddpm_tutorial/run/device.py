@@ -103,11 +103,11 @@ def check_memory(
     config: Config,
     precision: str, # "fp32" or "bf16"
     free: int,      # bytes, from `free_memory`
-    share: int=1    # of how many processes this one is, if each has a device of its own
+    share: int=1    # how many processes share the batch, each with its own device
 ):
     """Raises `NotEnoughMemory` if one training step cannot fit: what the forward pass keeps for each image,
-    the gradient, and what AdamW keeps. A step really takes up to twice as much, since the backward pass needs
-    room to work in. So a batch that is refused would have failed, and one that passes may still fail.
+    the gradient, and what AdamW keeps. In practice a step takes up to twice as much: the backward pass
+    needs room to work in. So a batch that is refused would have failed, and one that passes may still fail.
     The batch size in the advice allows for twice as much."""
     one, batch_size = _kept_for(1, model, config, precision), config.train.batch_size
     each = _kept_for(2, model, config, precision) - one
@@ -178,7 +178,7 @@ def label_conditions(
     config: Config,
     labels: Tensor # int64 (B,)
 ) -> dict:
-    "Conditions of a model with classes, {} for others. Raises `ValueError` for a class that it lacks."
+    "Conditions of a model with classes, {} for others. Raises `ValueError` for an unknown class."
     if not config.classes: return {}
     if labels.min() < 0 or labels.max() >= len(config.classes):
         raise ValueError(f"labels must be in 0 ... {len(config.classes) - 1}, "

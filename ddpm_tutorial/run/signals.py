@@ -14,7 +14,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
             if hasattr(signal, name)] # Windows has no SIGHUP
 
 class Stopped(KeyboardInterrupt):
-    "A signal from `STOPPING` has come. It is no `Exception`, so code that handles errors doesn't catch it."
+    "A signal from `STOPPING` has come. Not an `Exception`, so code that handles errors doesn't catch it."
     def __init__(self, number: int): # of the signal
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
@@ -28,7 +28,7 @@ class StopOnSignal:
 
     def __enter__(self):
         self.before = {}
-        # only the main thread may say what signals do
+        # only the main thread may set signal handlers
         if threading.current_thread() is not threading.main_thread(): return self
         numbers = [number for number in STOPPING if number in (signal.SIGINT, signal.SIGTERM)
                    or signal.getsignal(number) != signal.SIG_IGN]
@@ -51,8 +51,8 @@ class StopOnSignal:
         if not self.busy: raise Stopped(number)
 
     def watch(self, reader: int):
-        """Runs in its own thread, because the main one may be inside a long computation, where Python handles
-        no signals."""
+        """Runs in its own thread, because the main thread may be inside a long computation, where Python
+        handles no signals."""
         first = None
         while number := os.read(reader, 1):
             if number[0] not in self.before: continue

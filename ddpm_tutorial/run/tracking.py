@@ -43,7 +43,7 @@ def run_with_timeout(
     seconds: float,
     work: Callable # takes nothing
 ) -> str|None:     # what went wrong
-    "Does the work in a thread, and waits for it at most this long. Slower work is left to itself."
+    "Does the work in a thread, and waits for it at most this long. Slower work goes on alone."
     result = [f"no answer within {seconds:g} s"]
     def try_it():
         try:
@@ -176,7 +176,7 @@ class Progress:
     "What a run has to remember besides its state: plain values, saved in every checkpoint."
     precision: str                # "fp32" or "bf16"
     num_images: int               # in the training data
-    fingerprint: str|None=None    # of the training data; None in a run that was started before 0.7
+    fingerprint: str|None=None    # of the training data; None in a run started before version 0.7
     best_loss: float|None=None    # lowest validation loss so far
     validated: int=0              # step of the last validation
     seconds: float=0.             # of training
@@ -192,7 +192,7 @@ class Progress:
         self.seconds += seconds
 
     def keeps(self, step: int) -> Callable: # of the state; for a `Tracker`
-        "Says which lines to keep when a run resumes from here. It will write the others again."
+        "Says which lines to keep when a run resumes from here. The run will write the others again."
         return lambda line: line["step"] <= (self.validated if "validation_loss" in line else step)
 
     def epoch_losses(self) -> tuple[float, list[float|None]]:
@@ -231,7 +231,7 @@ def start_wandb(
                      name=os.environ.get("WANDB_NAME") or folder.name,
                      id=os.environ.get("WANDB_RUN_ID") or own_id, dir=place, config=config,
                      settings=wandb.Settings(init_timeout=timeout, finish_timeout=30, silent=True))
-        resume = "allow" if mode == "online" else None # offline it would number the steps anew
+        resume = "allow" if mode == "online" else None # offline W&B would number the steps anew
         try: return wandb.init(mode=mode, resume=resume, **start)
         except wandb.errors.CommError as error:
             abandon_wandb() # otherwise the id counts as in use
