@@ -280,7 +280,8 @@ def _load_folder(folder: Path, resize: int | None) -> ImageData:
 
 # %% ../nbs/01_data.ipynb #01-own-npz
 def _load_npz(file: Path) -> ImageData:
-    if not zipfile.is_zipfile(file): raise DataError(f"{file} cannot be read as .npz (it is no zip archive)")
+    with open(file, "rb") as opened: is_archive = zipfile.is_zipfile(opened)
+    if not is_archive: raise DataError(f"{file} cannot be read as .npz (it is no zip archive)")
     try:
         with np.load(file) as arrays: found = {name: arrays[name] for name in arrays.files}
     except Exception as error: # numpy, zipfile and zlib each raise their own

@@ -71,10 +71,15 @@ def train_classifier(
     precision: str="fp32",     # "fp32" or "bf16" (autocast)
     device: str|torch.device="cpu"
 ) -> Classifier:               # stays on the device
-    "Trains with the loop of lesson 07. Besides that, it shares only the data with a diffusion model."
-    steps = epochs*math.ceil(len(data)/128)
-    config = TrainConfig(epochs=epochs, batch_size=128, lr=5e-3, warmup_steps=3*steps//10, lr_decay=True,
-                         weight_decay=0.05)
+    """Trains with the loop of lesson 07. Besides that, it shares only the data with a diffusion model.
+
+    The classifier that comes with the package was trained by an earlier version of this function. Raises
+    `ValueError` for images without classes."""
+    if not data.classes: raise ValueError("a classifier needs images with classes")
+    batch_size = min(128, len(data))
+    steps = epochs*math.ceil(len(data)/batch_size)
+    config = TrainConfig(epochs=epochs, batch_size=batch_size, lr=5e-3, warmup_steps=3*steps//10,
+                         lr_decay=True, weight_decay=0.05)
     with torch.random.fork_rng(devices=[device] if "cuda" in str(device) else []):
         torch.manual_seed(0) # for the weights, and for what dropout drops
         state = new_state(Classifier().to(device), config)

@@ -38,7 +38,9 @@ class SharedBatch(nn.Module):
     ):
         super().__init__()
         self.parallel = DistributedDataParallel(network)
-        self.null_cond = getattr(network, "null_cond", {}) # an objective reads it
+
+    @property
+    def null_cond(self) -> dict: return self.parallel.module.null_cond # an objective asks for it
 
     def forward(self,
         x: Tensor, # (B, ...), the same in all processes

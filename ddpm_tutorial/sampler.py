@@ -22,7 +22,7 @@ class Step(NamedTuple):
     "What a sampler yields after each step."
     t: int      # the time that the step left
     x: Tensor   # the sample at the time that it went to (B, ...); after the last step the result
-    x0: Tensor  # the clean images that the model imagined at t (B, ...)
+    x0: Tensor  # the clean images that the model predicted at t (B, ...)
 
 # %% ../nbs/06_sampler.ipynb #06-shape
 def check_shape(
@@ -200,13 +200,16 @@ def null_conditions(
 ) -> dict:                   # as cond, with every row "none"
     """The conditions of samples that are not told anything. Raises `ValueError` unless `cond` has exactly the
     conditions that `null` names, with rows of the same type and shape."""
+    if cond and not null: raise ValueError(f"this model takes no conditions, but {sorted(cond)} were given")
     if cond.keys() != null.keys():
         raise ValueError(f"the conditions {sorted(null)} are needed, but {sorted(cond)} were given")
     rows = {name: torch.as_tensor(value) for name, value in null.items()}
     for name, value in cond.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} must be a tensor, one row for each sample, not {value!r}")
-        if value.ndim == 0 or value.shape[1:] != rows[name].shape or value.dtype != rows[name].dtype:
+        both_floating = value.is_floating_point() and rows[name].is_floating_point()
+        same_type = value.dtype == rows[name].dtype or both_floating
+        if value.ndim == 0 or value.shape[1:] != rows[name].shape or not same_type:
             needed = f"{rows[name].dtype} ({', '.join(['B', *map(str, rows[name].shape)])})"
             raise ValueError(f"{name} must be {needed}, not {value.dtype} {tuple(value.shape)}")
     return {name: rows[name].to(value).expand_as(value) for name, value in cond.items()}

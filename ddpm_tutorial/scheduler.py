@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/05_scheduler.ipynb #05-from-betas
+def _check_table(name: str, values: Tensor):
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(values).__name__}")
+    if values.dtype != torch.float64 or values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"{name} must be float64 (T,), not {values.dtype} {tuple(values.shape)}")
+
 def from_betas(
     betas: Tensor # float64 (T,), each in (0, 1]; only the last may be 1
 ) -> tuple[Tensor, Tensor]: # signal and sigma, each float64 (T,)
@@ -23,9 +29,7 @@ def from_betas(
     `1 - beta` up to each time ([2006.11239](https://arxiv.org/abs/2006.11239), eq. 4).
 
     Raises `TypeError` if `betas` is not a tensor, and `ValueError` for a wrong dtype, shape or range."""
-    if not isinstance(betas, Tensor): raise TypeError(f"betas must be a tensor, not {type(betas).__name__}")
-    if betas.dtype != torch.float64 or betas.ndim != 1 or len(betas) == 0:
-        raise ValueError(f"betas must be float64 (T,), not {betas.dtype} {tuple(betas.shape)}")
+    _check_table("betas", betas)
     if not ((betas > 0) & (betas <= 1)).all(): raise ValueError("betas must be in (0, 1]")
     alpha_bar = torch.cumprod(1 - betas, dim=0)
     if (alpha_bar[:-1] == 0).any():
@@ -93,7 +97,9 @@ def target_coefficients(
     signal: Tensor,       # any shape
     sigma: Tensor         # as signal
 ) -> tuple[Tensor, Tensor]: # c and d, each as signal
-    "The network is asked for `c x0 + d noise`."
+    "The network is asked for `c x0 + d noise`. Raises `ValueError` for an unknown prediction type."
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, not {prediction_type!r}")
     zero, one = torch.zeros_like(signal), torch.ones_like(signal)
     pairs = {"epsilon": (zero, one), "sample": (one, zero),
              "v_prediction": (-sigma, signal), "flow": (-one, one)}
@@ -121,12 +127,6 @@ def check_batch(
             raise ValueError(f"{name} must be (B,), one time for each image, not {tuple(t.shape)}")
 
 # %% ../nbs/05_scheduler.ipynb #05-check-path
-def _check_table(name: str, values: Tensor):
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(values).__name__}")
-    if values.dtype != torch.float64 or values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"{name} must be float64 (T,), not {values.dtype} {tuple(values.shape)}")
-
 def _check_path(signal: Tensor, sigma: Tensor):
     _check_table("signal", signal)
     _check_table("sigma", sigma)
@@ -134,7 +134,7 @@ def _check_path(signal: Tensor, sigma: Tensor):
         raise ValueError(f"signal and sigma need one value for each time, not {len(signal)} and {len(sigma)}")
     if not ((signal >= 0) & (signal <= 1)).all(): raise ValueError("signal must be in [0, 1]")
     if not ((sigma > 0) & (sigma <= 1)).all():
-        raise ValueError("sigma must be in (0, 1]: samplers start from noise of variance 1")
+        raise ValueError("sigma must be in (0, 1]: we divide by it, and samplers start from variance 1")
     if (signal[:-1] == 0).any(): raise ValueError("only the last signal may be 0")
     if not ((signal/sigma).diff() < 0).all():
         raise ValueError("signal/sigma must fall from each time to the next")
@@ -246,13 +246,11 @@ class NoiseScheduler(NoisePath):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, "
-                             f"not {self.prediction_type!r}")
         c, d = target_coefficients(self.prediction_type, self.signal, self.sigma)
         if (self.signal*d - self.sigma*c == 0).any():
             raise ValueError("the last signal is 0, and x0 cannot be computed from noise alone: use "
-                             "prediction_type 'v_prediction', 'sample' or 'flow', or betas below 1")
+                             "prediction_type 'v_prediction', 'sample' or 'flow', or a path that keeps "
+                             "some signal")
 
     @classmethod
     def linear(cls, num_steps: int=1000, **kwargs): return cls(*linear_path(num_steps), **kwargs)
@@ -277,13 +275,14 @@ class NoiseScheduler(NoisePath):
     def to_x0_and_noise(self,
         output: Tensor, # of the network (B, ...)
         x_t: Tensor,    # what it was given, as output
-        t: Tensor       # (B,)
+        t: Tensor       # (B,), from 0 on
     ) -> tuple[Tensor, Tensor]: # x0 and noise, each as output
         "The one place where a prediction is converted: clean image and noise come out for all four types."
         check_batch({"output": output, "x_t": x_t}, t=t)
         signal, sigma = self.factors(t, output)
         c, d = target_coefficients(self.prediction_type, signal, sigma)
-        signal, sigma, c, d, det = (value.to(output) for value in (signal, sigma, c, d, signal*d - sigma*c))
+        together = torch.stack([signal, sigma, c, d, signal*d - sigma*c]).to(output) # one copy to the device
+        signal, sigma, c, d, det = together
         return (d*x_t - sigma*output)/det, (signal*output - c*x_t)/det
 
     def timesteps(self,

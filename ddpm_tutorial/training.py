@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import ImageData, batches
-from .sampler import null_conditions, predict
+from .sampler import null_conditions, predict, prepare_conditions
 from .scheduler import NoiseScheduler
 
 # %% ../nbs/07_training.ipynb #07-007
@@ -37,8 +37,9 @@ def diffusion_loss(
     ([2006.11239](https://arxiv.org/abs/2006.11239), eq. 14).
 
     Raises what `check_batch` raises for images, noise and times, and what `predict` raises for the rest."""
-    prediction = predict(model, scheduler.add_noise(x0, noise, t), t, cond)
-    return (prediction.float() - scheduler.target(x0, noise, t)).square().flatten(1).mean(dim=1)
+    x_t, target = scheduler.add_noise(x0, noise, t), scheduler.target(x0, noise, t)
+    prediction = predict(model, x_t, t, cond)
+    return (prediction.float() - target).square().flatten(1).mean(dim=1)
 
 # %% ../nbs/07_training.ipynb #07-021
 def drop_conditions(
@@ -48,11 +49,13 @@ def drop_conditions(
     generator: torch.Generator  # a CPU generator
 ) -> dict:                      # as cond
     """Replaces the conditions of some images by "none", so that one network learns both models
-    ([2207.12598](https://arxiv.org/abs/2207.12598), algorithm 1). Raises what `null_conditions` raises."""
+    ([2207.12598](https://arxiv.org/abs/2207.12598), algorithm 1). Raises what `null_conditions` and
+    `prepare_conditions` raise."""
     if not cond: return {}
     nothing = null_conditions(null, cond)
-    rows = next(iter(cond.values())).shape[0]
-    drop = torch.rand(rows, generator=generator) < probability
+    first = next(iter(cond.values()))
+    prepare_conditions(cond, (len(first),), first.device) # as many rows in each
+    drop = torch.rand(len(first), generator=generator) < probability
     def mask(value): return drop.to(value.device).view(-1, *[1]*(value.ndim - 1))
     return {name: torch.where(mask(value), nothing[name], value) for name, value in cond.items()}
 
@@ -68,13 +71,12 @@ def random_generator(
 
 # %% ../nbs/07_training.ipynb #07-streams
 class Stream(IntEnum):
-    "What the draws are for: the number after the seed in `random_generator`. No two uses share draws."
+    "The number after the seed in `random_generator`: what the draws are for. No two uses in a run share any."
     ORDER = 0       # of the images in an epoch
     STEP = 1        # times, noise and dropped labels of a training step
     VALIDATION = 2  # times and noise of the validation
     PICTURES = 3    # samples that a training run draws on its way
     SAMPLES = 4     # samples of a trained model
-    CLASSIFIER = 5  # order of the images for the classifier
     COVERAGE = 6    # real images that coverage is measured against
     MATCHING = 7    # real images with the same classes as the samples
 
@@ -174,10 +176,12 @@ def learning_rate(
 # %% ../nbs/07_training.ipynb #07-objective
 def diffusion_objective(
     scheduler: NoiseScheduler,
-    dropout: float            # share of images that lose their conditions; the model knows its `null_cond`
+    dropout: float            # share of images that lose their conditions
 ) -> Callable:                # objective(model, x0, cond, generator) -> losses (B,) and level (B,)
     """The simple loss at random times, for `train_steps` to make smaller
-    ([2006.11239](https://arxiv.org/abs/2006.11239), algorithm 1)."""
+    ([2006.11239](https://arxiv.org/abs/2006.11239), algorithm 1).
+
+    If the data have conditions, the model has a `null_cond`, as a `UNet` has, and labels lie below its label."""
     def objective(model, x0, cond, generator):
         t = torch.randint(len(scheduler), (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
@@ -263,7 +267,7 @@ def train_steps(
     """The training loop. Goes on from `state.step`.
 
     Raises `FloatingPointError` at a step whose loss, gradient or weights are not finite, and `ValueError` for
-    a batch larger than the data."""
+    a batch larger than the data or an unknown precision."""
     if config.batch_size > len(data):
         raise ValueError(f"batch_size is {config.batch_size}, but there are only {len(data)} images: "
                          "take at most that many")

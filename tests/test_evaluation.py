@@ -335,7 +335,7 @@ def test_train_classifier_on_another_device(monkeypatch):
     on_cpu = train_classifier(load_sample("train")[:128], epochs=1)
     assert {weight.device.type for weight in on_cpu.state_dict().values()} == {"cpu"}
 
-def test_look_at_follows_the_classifier():
+def test_extract_features_follows_the_classifier():
     "Images go to the classifier's device, batch by batch. The features come back to the CPU."
     class Far(torch.nn.Module):
         def __init__(self):

@@ -2,6 +2,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -532,3 +533,17 @@ def test_batch_larger_than_the_data_is_refused():
         next(train_steps(fresh_state(config=config), FEW, objective(config), config))
     config = TrainConfig(epochs=1, batch_size=50)
     assert len(next(train_steps(fresh_state(config=config), FEW, objective(config), config)).losses) == 50
+
+
+def test_conditions_with_too_few_rows_are_not_stretched():
+    "One context for three images would be given to all of them."
+    cond = {"labels": torch.arange(3), "context": torch.zeros(1, 4)}
+    with pytest.raises(ValueError, match="context is .*needs one row for each"):
+        drop_conditions(cond, {"labels": 10, "context": torch.zeros(4)}, 0.5, random_generator(0))
+
+
+def test_a_model_without_conditions_says_so():
+    "Labels for it are an error, and the message names the model's side."
+    model = UNet(replace(TINY, num_classes=0))
+    with pytest.raises(ValueError, match=r"this model takes no conditions, but \['labels'\] were given"):
+        diffusion_objective(SCHEDULER, 0.1)(model, IMAGES, {"labels": TIMES}, random_generator(0))

@@ -32,7 +32,7 @@ class DamagedCheckpoint(CheckpointError):
     "A checkpoint that cannot be trusted at all. An older one may be undamaged."
 
 FORMAT = 3 # of the checkpoints that we save
-READABLE = (2, FORMAT) # in format 2 the weights have other names; they are renamed on loading
+READABLE = (2, FORMAT) # in format 2 the weights may have other names; they are renamed on loading
 
 def iter_tensors(
     values # dictionaries and lists, nested to any depth

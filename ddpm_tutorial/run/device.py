@@ -95,8 +95,8 @@ def _kept_for(n: int, model: nn.Module, config: Config, precision: str) -> int:
     device = next(model.parameters()).device
     x = torch.zeros(n, *config.image_shape, device=device)
     zeros = torch.zeros(n, dtype=torch.int64, device=device)
-    labels = {"labels": zeros} if config.classes else {}
-    with autocast_to(precision, device): return saved_bytes(model, lambda: model(x, zeros, **labels))
+    cond = label_conditions(config, zeros)
+    with autocast_to(precision, device): return saved_bytes(model, lambda: model(x, zeros, **cond))
 
 def check_memory(
     model: nn.Module,
@@ -154,7 +154,7 @@ def new_model(
 
 # %% ../../nbs/10b_device.ipynb #41eea6f8
 def sampling_steps(
-    model: nn.Module,
+    model: UNet,                # or a network that has a `null_cond` as well
     config: Config,             # decides scheduler, shape, guidance, method and number of steps
     num_samples: int,
     cond: dict,                 # one row for each sample, e.g. {"labels": (num_samples,)}; may be {}
@@ -167,7 +167,7 @@ def sampling_steps(
     # autocast around the call alone: it must be off while the caller looks at a step
     def denoiser(x, t, **cond):
         with autocast_to(precision, device): return model(x, t, **cond)
-    if cond: denoiser = guided(denoiser, how.guidance_scale, model.null_cond)
+    if model.null_cond: denoiser = guided(denoiser, how.guidance_scale, model.null_cond)
     shape = (num_samples, *config.image_shape)
     return METHODS[how.method](denoiser, config.scheduler.build(), shape, generator=generator,
                                num_inference_steps=config.inference_steps, clip_sample=how.clip_sample,

@@ -186,6 +186,7 @@ class Progress:
     def add(self, record: TrainStep, seconds: float):
         "Adds the losses and the time of one step."
         groups = (record.level*NOISE_LEVELS + 1e-9).long() # t/T is rounded: it may lie just below a border
+        groups = groups.clamp(max=NOISE_LEVELS - 1)
         for i, loss in zip(groups.tolist(), record.losses.tolist()):
             self.loss_sums[i] += loss
             self.loss_counts[i] += 1
