@@ -181,7 +181,8 @@ def diffusion_objective(
     """The simple loss at random times, for `train_steps` to make smaller
     ([2006.11239](https://arxiv.org/abs/2006.11239), algorithm 1).
 
-    If the data have conditions, the model has a `null_cond`, as a `UNet` has, and labels lie below its label."""
+    If the data have conditions, the model needs a `null_cond` as a `UNet` has, and labels lie below
+    its null label."""
     def objective(model, x0, cond, generator):
         t = torch.randint(len(scheduler), (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
