@@ -44,7 +44,7 @@ def ddim_invert(
     num_inference_steps: int|None=None, # 1 ... T; default T
     **cond                              # handed to the model, each with one row for each image
 ) -> Tensor:                            # noise, as x0; `ddim_steps` leads back to about the same images
-    "DDIM run from the image to its noise ([2010.02502](https://arxiv.org/abs/2010.02502), 4.3)."
+    "DDIM run from the image to its noise ([2010.02502](https://arxiv.org/abs/2010.02502), section 4.3)."
     cond, x = prepare_conditions(cond, x0.shape, x0.device), x0
     for t, prev_t in reversed(scheduler.timesteps(num_inference_steps)):
         prev_t = max(prev_t, 0)             # a clean image counts as one of time 0 ...
@@ -67,7 +67,7 @@ def dpm_solver_steps(
     ([2211.01095](https://arxiv.org/abs/2211.01095), algorithm 2).
 
     Raises `ValueError` for an unknown spacing, and for "log_snr" with zero terminal SNR."""
-    before = None                                      # x0 and stride of the last step
+    before = None                                      # x0 and stride of the step before
     def update(x, x0, t, prev_t, draw):
         nonlocal before
         (signal, sigma), (signal_prev, sigma_prev) = scheduler.factors(t, x), scheduler.factors(prev_t, x)
