@@ -148,7 +148,7 @@ def sample(
     method: Callable=ddpm_steps,        # a sampler with the arguments of `ddpm_steps`
     **kwargs                            # num_inference_steps, clip_sample, noise, device and the conditions
 ) -> Tensor:                            # samples, as shape
-    "Runs a sampler to its end, and returns what it arrives at."
+    "Runs a sampler to its end, and returns the result."
     for step in method(model, scheduler, shape, generator=generator, **kwargs): pass
     return step.x
 
@@ -186,7 +186,7 @@ def save_gif(
                          f"not {tuple(frames.shape)}")
     if not 0.01 <= frame_seconds <= 60:
         raise ValueError(f"frame_seconds must be in 0.01 ... 60, not {frame_seconds}")
-    # in colour: some grey frames would come back a level off
+    # in colour: some grey frames would be read back one level off
     pictures = [to_pil(frame).convert("RGB") for frame in frames.cpu()]
     hundredths = round(100*frame_seconds)
     milliseconds = [10*hundredths]*(len(pictures) - 1) + [100*hundredths]
@@ -198,7 +198,7 @@ def null_conditions(
     null: dict,              # for each condition the value that means "none", e.g. {"labels": 10}
     cond: dict               # conditions, each with one row for each sample
 ) -> dict:                   # as cond, with every row "none"
-    """The conditions of samples that are not told anything. Raises `ValueError` unless `cond` has exactly the
+    """Conditions that tell the model nothing. Raises `ValueError` unless `cond` has exactly the
     conditions that `null` names, with rows of the same type and shape."""
     if cond and not null: raise ValueError(f"this model takes no conditions, but {sorted(cond)} were given")
     if cond.keys() != null.keys():
