@@ -23,7 +23,7 @@ pytestmark = needed
 def sliders_of(path):
     "How many sliders each call of `interact` has."
     code = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
-    calls = re.findall(r"^interact\(.*", code, re.MULTILINE)
+    calls = re.findall(r"^interact\(.*?\);", code, re.MULTILINE | re.DOTALL)
     return [len(re.findall(r"\w+Slider\(", call)) for call in calls]
 
 WITH_SLIDERS = {path.name: found for path in sorted(NOTEBOOKS.glob("*.ipynb")) if (found := sliders_of(path))}
