@@ -4,6 +4,8 @@ Plain Python floats, one number at a time.
 """
 import math
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction") # of the papers, and of diffusers
+
 
 def betas(schedule, T):
     "Linear (2006.11239, 4; times 1000/T) or cosine (2102.09672, eq. 17) betas."

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 import peers
 import reference
+from reference import PREDICTION_TYPES
 from ddpm_tutorial.fast_sampling import DEFAULT_STEPS, METHODS, ddim_invert, ddim_steps, dpm_solver_steps
 from ddpm_tutorial.sampler import ddpm_steps, sample
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig, cosine_betas, from_betas
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")    # the ones that diffusers has for these paths
 T, SHAPE = 100, (4, 1, 3, 3)
 even_log_snr = partial(dpm_solver_steps, spacing="log_snr")
 FAST = {"ddim": ddim_steps, "ddim, eta 1": partial(ddim_steps, eta=1.), "dpm++": dpm_solver_steps}

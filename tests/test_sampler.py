@@ -13,10 +13,10 @@ from ddpm_tutorial.sampler import (Step, ddpm_steps, guided, initial_noise, pred
 from ddpm_tutorial.scheduler import VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
+from reference import PREDICTION_TYPES
 
 MEAN, STD = 1.5, 0.5                # of the pixels that we draw: outside [-1, 1] on purpose
 SHAPE = (4, 1, 8, 8)
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 LABELS = torch.tensor([0, 1, 2, 3])
 
 

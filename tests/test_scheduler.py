@@ -207,7 +207,7 @@ def test_schedule_against_diffusers(schedule):
 @pytest.mark.parametrize("exact, tolerance", [(False, 1e-4), (True, 1e-12)])
 @pytest.mark.parametrize("n", [200, 20])
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES[:3])   # DDPMScheduler has no "flow"
+@pytest.mark.parametrize("prediction_type", reference.PREDICTION_TYPES)   # DDPMScheduler has no "flow"
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_sampling_against_diffusers(schedule, prediction_type, variance_type, n, exact, tolerance, float64):
     """Every step from noise to image is that of diffusers, over all 200 times and in strides.

@@ -46,6 +46,13 @@ def set_formulas(page):
     page.wait_for_function(f"() => {all_set}")
 
 
+def visit_all(page, address, site):
+    "Opens every page of the site in turn, and yields its name."
+    for path in site.glob("*.html"):
+        page.goto(f"{address}/{path.name}")
+        yield path.stem
+
+
 def pages(site): return {path.stem: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
 
 
@@ -159,8 +166,7 @@ def test_code_is_seen_whole(address, site):
     "On an ordinary laptop no line of code has to be pushed aside."
     with chromium(viewport={"width": 1440, "height": 900}) as context:
         page = context.new_page()
-        for name in pages(site):
-            page.goto(f"{address}/{name}.html")
+        for name in visit_all(page, address, site):
             hidden = page.evaluate(HIDDEN)
             assert not hidden, f"{name}: {hidden}"
 
@@ -182,8 +188,7 @@ def test_on_a_phone(address, site):
     "Nothing is wider than the screen unless it scrolls by itself, and the menu opens."
     with chromium(viewport={"width": 390, "height": 800}) as context:
         page = context.new_page()
-        for name in pages(site):
-            page.goto(f"{address}/{name}.html")
+        for name in visit_all(page, address, site):
             set_formulas(page)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
             overhang = page.evaluate(OVERHANG)

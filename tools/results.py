@@ -9,50 +9,21 @@ continues where it ended. All settings share the seeds, so they can be compared 
 nbs/results.json. --quick draws a few images in two steps and compares them with the bundled data: it shows
 that the script works, but its figures mean nothing.
 """
-import argparse
 import json
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
+from ddpm_tutorial.data import CLASSES
 from ddpm_tutorial.metrics import (matched_subset, compute_metrics, load_classifier, extract_features,
                                    nearest_distance)
 from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
-from ddpm_tutorial.run.sample import draw_samples
-from ddpm_tutorial.training import Stream, random_generator
+from measuring import draw, in_short, parse_arguments, real_images
 
 SETTINGS = {"guidance 1.3": {}, "guidance 1": dict(guidance_scale=1.), "guidance 2": dict(guidance_scale=2.),
             "not clipped": dict(clip_sample=False)}
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--data_root", type=Path, default=None)
-    parser.add_argument("--output", type=Path, default=Path("outputs/results.json"))
-    parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
-    if args.docs: args.output = Path(__file__).resolve().parent.parent/"nbs"/"results.json"
-    if args.quick: args.num_samples = 20
-    return args
-
-def load_images(args):
-    "Training images, and test images."
-    if args.quick: return load_sample("train"), load_sample("test")
-    return load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
-
-def draw(model, config, labels, seed, precision):
-    "Samples as images in uint8."
-    generator = random_generator(seed, Stream.SAMPLES)
-    drawn = draw_samples(model, config, labels, generator=generator, precision=precision)
-    return ImageData(drawn, labels, CLASSES)
 
 def distances(images, reference):
     "How far each image is from the nearest training image, sorted, in grey levels."
@@ -67,9 +38,9 @@ def distances_of_copies(reference, labels):
     return {name: distances(images, reference) for name, images in changed.items()}
 
 def main():
-    args = parse_arguments()
+    args = parse_arguments(__doc__, "results.json", quick_samples=20)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    reference, fresh = load_images(args)
+    reference, fresh = real_images(args)
     (model, config), classifier = load_pretrained("small"), load_classifier()
     if args.quick: config = replace(config, sampling=replace(config.sampling, num_inference_steps=2))
     labels = torch.arange(args.num_samples) % len(CLASSES)
@@ -91,8 +62,7 @@ def main():
         row = dict(what=what, seed=seed, **compute_metrics(images, reference, seen, classifier))
         result["rows"].append(row)
         write()
-        print(f"{what:14} seed {seed}: Fréchet distance {row['frechet_distance']:.4f}, "
-              f"class agreement {row['class_agreement']:.3f}, coverage {row['coverage']:.3f}", flush=True)
+        print(f"{what:14} seed {seed}: {in_short(row)}", flush=True)
     result["nearest"] |= distances_of_copies(reference, labels)
     write()
 

@@ -9,24 +9,21 @@ and it continues where it ended. Seeds differ in the noise of the samples and in
 beside them. --docs writes nbs/sampling_quality.json. --quick draws a few images with few steps and compares
 them with the bundled data: it shows that the script works, but its figures mean nothing.
 """
-import argparse
 import json
 import time
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
+from ddpm_tutorial.data import CLASSES
 from ddpm_tutorial.fast_sampling import METHODS, dpm_solver_steps
 from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classifier, matched_subset
 from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
-from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.scheduler import NoiseScheduler
-from ddpm_tutorial.training import Stream, random_generator
+from measuring import draw, in_short, parse_arguments, real_images
 
 STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
          "ddpm": (500, 10, 20, 50, 100),    # the slowest first: are so many steps needed?
@@ -52,26 +49,6 @@ def summary(rows, method, steps, name="frechet_distance"):
     found = torch.tensor(found, dtype=torch.float64)
     return found.mean().item(), (found.std()/len(found)**0.5).item()
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--data_root", type=Path, default=None)
-    parser.add_argument("--output", type=Path, default=Path("outputs/sampling_quality.json"))
-    parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
-    if args.docs: args.output = Path(__file__).resolve().parent.parent/"nbs"/"sampling_quality.json"
-    if args.quick: args.num_samples = 40
-    return args
-
-def load_images(args):
-    "Training images, and test images."
-    if args.quick: return load_sample("train"), load_sample("test")
-    return load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
-
 def load_result(output, settings):
     "What an earlier call has measured with the same settings."
     result = json.loads(output.read_text()) if output.exists() else {**settings, "rows": []}
@@ -85,12 +62,6 @@ def methods_and_steps(quick):
              for place in range(5) for method, steps in STEPS.items() if place < len(steps)]
     return list(dict.fromkeys(pairs))
 
-def draw(model, config, labels, seed, precision):
-    "Samples as images in uint8."
-    generator = random_generator(seed, Stream.SAMPLES)
-    drawn = draw_samples(model, config, labels, generator=generator, precision=precision)
-    return ImageData(drawn, labels, CLASSES)
-
 def print_summary(result, pairs, seeds):
     print(f"\n{result['num_samples']:,} images, guidance {result['guidance_scale']:g}; "
           f"mean over {seeds} seeds ± standard error")
@@ -99,9 +70,9 @@ def print_summary(result, pairs, seeds):
         print(f"{method:18}{steps:5} steps: Fréchet distance {mean:.4f} ± {error:.4f}")
 
 def main():
-    args = parse_arguments()
+    args = parse_arguments(__doc__, "sampling_quality.json", quick_samples=40)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    reference, fresh = load_images(args)
+    reference, fresh = real_images(args)
     (model, config), classifier = load_pretrained("small"), load_classifier()
     labels = torch.arange(args.num_samples) % len(CLASSES)
     seen = extract_features(reference.images, classifier)
@@ -124,9 +95,7 @@ def main():
                    **compute_metrics(images, reference, seen, classifier))
         result["rows"].append(row)
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"{method:18}{steps:5} steps, seed {seed}: Fréchet distance {row['frechet_distance']:.4f}, "
-              f"class agreement {row['class_agreement']:.3f}, coverage {row['coverage']:.3f}, "
-              f"{row['seconds']:.0f} s", flush=True)
+        print(f"{method:18}{steps:5} steps, seed {seed}: {in_short(row)}, {row['seconds']:.0f} s", flush=True)
     print_summary(result, pairs, args.seeds)
 
 if __name__ == "__main__": main()

@@ -1,0 +1,38 @@
+"What results.py and sampling_quality.py share: both measure samples of `small` for several seeds."
+import argparse
+from pathlib import Path
+
+from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
+from ddpm_tutorial.run.sample import draw_samples
+from ddpm_tutorial.training import Stream, random_generator
+
+def parse_arguments(doc, name, quick_samples):
+    "Options of a script that writes outputs/`name`, or nbs/`name` for the lessons."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num_samples", type=int, default=1000)
+    parser.add_argument("--data_root", type=Path, default=None)
+    parser.add_argument("--output", type=Path, default=Path("outputs")/name)
+    parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
+    if args.docs: args.output = Path(__file__).resolve().parent.parent/"nbs"/name
+    if args.quick: args.num_samples = quick_samples
+    return args
+
+def real_images(args):
+    "Training images, and test images."
+    if args.quick: return load_sample("train"), load_sample("test")
+    return load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
+
+def draw(model, config, labels, seed, precision):
+    "Samples, with the labels that were asked for."
+    generator = random_generator(seed, Stream.SAMPLES)
+    drawn = draw_samples(model, config, labels, generator=generator, precision=precision)
+    return ImageData(drawn, labels, CLASSES)
+
+def in_short(row):
+    "The three metrics of a row that are printed."
+    return (f"Fréchet distance {row['frechet_distance']:.4f}, "
+            f"class agreement {row['class_agreement']:.3f}, coverage {row['coverage']:.3f}")
