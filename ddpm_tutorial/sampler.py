@@ -84,14 +84,13 @@ def predict_x0(
     model: Callable,        # model(x, t, **cond) -> prediction
     scheduler: NoiseScheduler,
     x: Tensor,              # noisy images (B, ...)
-    t: int,                 # their time
+    t: Tensor,              # their times (B,)
     clip_sample: bool,      # keep x0 in [-1, 1]
     cond: dict              # handed to the model
 ) -> Tensor:                # x0, as x
     "The clean images that the model sees in the noisy ones. Raises what `predict` raises."
-    times = torch.full(x.shape[:1], t)
-    output = predict(model, x, times, cond).to(x) # the step is float32, whatever the network works in
-    x0, _ = scheduler.to_x0_and_noise(output, x, times)
+    output = predict(model, x, t, cond).to(x) # the step is float32, whatever the network works in
+    x0, _ = scheduler.to_x0_and_noise(output, x, t)
     return x0.clamp(-1, 1) if clip_sample else x0
 
 # %% ../nbs/06_sampler.ipynb #6de9b185
@@ -107,7 +106,8 @@ def denoise_steps(
     clip_sample: bool=True,             # keep the predicted x0 in [-1, 1]
     noise: Tensor|None=None,            # to start from, as shape; by default it is drawn
     device: str|torch.device="cpu",
-    grid: dict|None=None,               # more arguments for `scheduler.timesteps`
+    spacing: str="time",                # of the times: see `scheduler.timesteps`
+    skip_zero: bool=False,              # the same
     **cond                              # handed to the model, each with one row for each sample
 ) -> Iterator[Step]:
     """The loop that all samplers share: the first noise, the times to visit, the prediction at each of them.
@@ -118,9 +118,9 @@ def denoise_steps(
     def draw(): return torch.randn(shape, generator=generator).to(device)
     def nothing(): return torch.zeros(shape, device=device)
     x = initial_noise(noise, shape, draw).to(device)
-    for t, prev_t in scheduler.timesteps(num_inference_steps, **(grid or {})):
-        x0 = predict_x0(model, scheduler, x, t, clip_sample, cond)
+    for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero, spacing):
         times, prev_times = torch.full(shape[:1], t), torch.full(shape[:1], prev_t)
+        x0 = predict_x0(model, scheduler, x, times, clip_sample, cond)
         x = update(x, x0, times, prev_times, draw if prev_t >= 0 else nothing)
         yield Step(t, x, x0)
 
@@ -216,10 +216,10 @@ def null_conditions(
 
 # %% ../nbs/06_sampler.ipynb #12125727
 def guided(
-    model: Callable,        # model(x, t, **cond) -> prediction
-    guidance_scale: float,  # 0: unconditional, 1: conditional, above: exaggerated
-    null: dict              # as in `null_conditions`; a `UNet` knows its own, `null_cond`
-) -> Callable:              # as model
+    model: Callable,                # model(x, t, **cond) -> prediction
+    guidance_scale: float|Callable, # 0: unconditional, 1: conditional, above: exaggerated; or t -> scale (B,)
+    null: dict                      # as in `null_conditions`; a `UNet` knows its own, `null_cond`
+) -> Callable:                      # as model
     """Classifier-free guidance as a wrapper: `uncond + guidance_scale (cond - uncond)`, in one batch.
 
     `guidance_scale` is 1 + w of [2207.12598](https://arxiv.org/abs/2207.12598), eq. 6. The guided model
@@ -227,8 +227,9 @@ def guided(
     def guided_model(x, t, **cond):
         cond = prepare_conditions(cond, x.shape, x.device)
         uncond = null_conditions(null, cond)
-        if guidance_scale in (0, 1): return predict(model, x, t, cond if guidance_scale else uncond)
+        scale = guidance_scale(t) if callable(guidance_scale) else torch.full(t.shape, float(guidance_scale))
+        if (scale == 0).all() or (scale == 1).all(): return predict(model, x, t, cond if scale[0] else uncond)
         both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
         without, with_cond = predict(model, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return without + guidance_scale*(with_cond - without)
+        return without + scale.to(x).view(-1, *[1]*(x.ndim - 1))*(with_cond - without)
     return guided_model

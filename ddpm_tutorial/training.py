@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['diffusion_loss', 'drop_conditions', 'random_generator', 'Stream', 'ema_decay', 'update_ema', 'check_finite',
-           'TrainConfig', 'total_steps', 'learning_rate', 'diffusion_objective', 'TrainState', 'new_state',
-           'optimizer_step', 'autocast_to', 'TrainStep', 'train_steps', 'validation_loss']
+           'TrainConfig', 'total_steps', 'learning_rate', 'uniform_times', 'diffusion_objective', 'TrainState',
+           'new_state', 'optimizer_step', 'autocast_to', 'TrainStep', 'train_steps', 'validation_loss']
 
 # %% ../nbs/07_training.ipynb #07-003
 import copy
@@ -79,6 +79,7 @@ class Stream(IntEnum):
     SAMPLES = 4     # samples of a trained model
     COVERAGE = 6    # real images that coverage is measured against
     MATCHING = 7    # real images with the same classes as the samples
+    LIKELIHOOD = 8  # noise and times when images are counted in bits
 
 # %% ../nbs/07_training.ipynb #07-031
 def ema_decay(
@@ -174,20 +175,32 @@ def learning_rate(
     return config.lr * 0.5*(1 + math.cos(math.pi*done))
 
 # %% ../nbs/07_training.ipynb #07-objective
+def uniform_times(
+    scheduler: NoiseScheduler,
+    n: int,
+    generator: torch.Generator # a CPU generator
+) -> Tensor:                   # int64 (n,)
+    "All times are equally probable."
+    return torch.randint(len(scheduler), (n,), generator=generator)
+
 def diffusion_objective(
     scheduler: NoiseScheduler,
-    dropout: float            # share of images that lose their conditions
-) -> Callable:                # objective(model, x0, cond, generator) -> losses (B,) and level (B,)
+    dropout: float,                    # share of images that lose their conditions
+    draw_times: Callable=uniform_times,# draw_times(scheduler, n, generator) -> int64 (n,)
+    loss_weight: Callable|None=None    # loss_weight(scheduler, t) -> (B,); default: 1 for all
+) -> Callable:                         # objective(model, x0, cond, generator) -> losses (B,) and level (B,)
     """The simple loss at random times, for `train_steps` to make smaller
     ([2006.11239](https://arxiv.org/abs/2006.11239), algorithm 1).
 
     If the data have conditions, the model needs a `null_cond` as a `UNet` has, and labels lie below
     its null label."""
     def objective(model, x0, cond, generator):
-        t = torch.randint(len(scheduler), (len(x0),), generator=generator)
+        t = draw_times(scheduler, len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         if cond: cond = drop_conditions(cond, model.null_cond, dropout, generator)
-        return diffusion_loss(model, scheduler, x0, t=t, noise=noise, **cond), t.double()/len(scheduler)
+        losses = diffusion_loss(model, scheduler, x0, t=t, noise=noise, **cond)
+        if loss_weight is not None: losses = losses*loss_weight(scheduler, t).to(losses)
+        return losses, t.double()/len(scheduler)
     return objective
 
 # %% ../nbs/07_training.ipynb #07-058

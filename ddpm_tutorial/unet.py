@@ -86,6 +86,7 @@ class UNetConfig:
     head_dim: int=32                                 # width of an attention head
     feed_forward: bool=True                          # feed-forward after the attention
     num_groups: int=2                                # groups of every group norm
+    learned_variance: bool=False                     # also say how wide each step should be (lesson 24)
 
     @property
     def resolutions(self) -> tuple[int, ...]: # size of the feature map at each level, e.g. (28, 14, 7)
@@ -274,7 +275,8 @@ class UNet(nn.Module):
             self.up.append(UpLevel(channels, widths[level], self.down[level].skip_channels, config, level))
             channels = widths[level]
         self.norm_out = group_norm(channels, config.num_groups)
-        self.conv_out = zero_init(nn.Conv2d(channels, patch_channels, 3, padding=1))
+        out_channels = patch_channels*(1 + config.learned_variance)
+        self.conv_out = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
         self.register_load_state_dict_pre_hook(rename_old_weights)
 
     @property
@@ -294,11 +296,12 @@ class UNet(nn.Module):
         return cond + self.class_embedding(labels)
 
     def forward(self,
-        x: Tensor,                # noisy images (B, C, H, W)
-        t: Tensor,                # their times (B,), 0 ... T-1
-        labels: Tensor|None=None, # (B,), 0 ... num_classes; None: num_classes, the null label, for all
-        context: Tensor|None=None # refused: no block of this network attends to one
-    ) -> Tensor:                  # prediction (B, C, H, W)
+        x: Tensor,                 # noisy images (B, C, H, W)
+        t: Tensor,                 # their times (B,), 0 ... T-1
+        labels: Tensor|None=None,  # (B,), 0 ... num_classes; None: num_classes, the null label, for all
+        context: Tensor|None=None, # refused: no block of this network attends to one
+        with_variance: bool=False  # also return what `learned_variance` adds
+    ) -> Tensor:                   # prediction (B, C, H, W), or with the variance (B, 2 C, H, W)
         "Raises `ValueError` for a condition that the network cannot use."
         if context is not None: raise ValueError("this model has no cross-attention, but a context was given")
         dtype, cond, kept = x.dtype, self.condition(t, labels), []
@@ -309,4 +312,5 @@ class UNet(nn.Module):
         x = self.middle(x, cond, context)
         for level in self.up: x = level(x, kept.pop(), cond, context)
         x = self.conv_out(F.silu(self.norm_out(x)))
-        return F.pixel_shuffle(x, self.config.patch_size).to(dtype)  # autocast ends here: the rest needs fp32
+        x = F.pixel_shuffle(x, self.config.patch_size).to(dtype)     # autocast ends here: the rest needs fp32
+        return x if with_variance else x[:, :self.config.in_channels]

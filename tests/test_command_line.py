@@ -18,7 +18,9 @@ import pytest
 import tyro
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from ddpm_tutorial.fast_sampling import METHODS
+from ddpm_tutorial.objectives import LOSS_WEIGHTS, TIME_DISTRIBUTIONS
+from ddpm_tutorial.scheduler import SPACINGS
+from ddpm_tutorial.solvers import METHODS
 from ddpm_tutorial.run import check, evaluate, sample, train
 from ddpm_tutorial.run.config import PRESETS
 
@@ -75,8 +77,10 @@ ALLOWED = {
         max_steps=at_least(1), batch_size=at_least(1), warmup_steps=at_least(0), seed=seed,
         lr=above(0), grad_clip=above(0), weight_decay=not_negative, label_dropout=share, ema_decay=share,
         guidance_scale=not_negative, num_inference_steps=between(1, 500), method=one_of(*METHODS),
-        schedule=one_of("linear", "cosine"), prediction_type=one_of("epsilon", "sample", "v_prediction"),
-        variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(1),
+        schedule=one_of("linear", "cosine", "flow"), shift=between(0.001, 1000), spacing=one_of(*SPACINGS),
+        prediction_type=one_of("epsilon", "sample", "v_prediction", "flow"),
+        time_distribution=one_of(*TIME_DISTRIBUTIONS), loss_weight=one_of(*LOSS_WEIGHTS),
+        min_snr_gamma=above(0), variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(1),
         image_size=at_least(8),                             # leaves 2 pixels for the last of three levels
         patch_size=one_of(1, 2, 4),                         # divides 28, and leaves as many
         in_channels=at_least(1), num_classes=at_least(0), num_res_blocks=at_least(1),
@@ -90,13 +94,13 @@ ALLOWED = {
         mode=one_of("grid", "class_grid", "progressive"), method=one_of(None, *METHODS),
         clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS), num_samples=at_least(1),
         class_label=at_least(0), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
-        guidance_scale=not_negative),
+        guidance_scale=not_negative, spacing=one_of(None, *SPACINGS)),
     "ddpm_evaluate": dict(
         checkpoint=anything, config=anything, data_root=anything, device=anything,
         samples=ends_in(".npz"), output=ends_in(".json"), data=one_of("fashion_mnist", "sample"),
         method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS),
         num_samples=at_least(20), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
-        guidance_scale=not_negative),
+        guidance_scale=not_negative, spacing=one_of(None, *SPACINGS)),
     "ddpm_check": dict(
         config=one_of(*PRESETS), data=anything, resize=between(8, 4096), data_root=anything, device=anything,
         precision=one_of(*PRECISIONS)),

@@ -212,6 +212,18 @@ def test_evaluate_the_shipped_model(tmp_path, monkeypatch, capsys):
     assert command(*QUICK, "--output", "again.json") == 0
     assert json.loads((tmp_path/"again.json").read_text()) == result      # the same seed, the same figures
 
+def test_bits_per_dimension(tmp_path, monkeypatch, capsys):
+    "With --bits_per_dim the bound and the value by the flow are stored and printed; the flow's is lower."
+    monkeypatch.setattr(evaluate, "load_sample", lambda split: load_sample(split)[::2])
+    assert command(*QUICK, "--bits_per_dim", "--output", tmp_path/"a.json") == 0
+    bits, said = json.loads((tmp_path/"a.json").read_text())["bits_per_dim"], capsys.readouterr().out
+    assert bits["num_images"] == 100 and bits["num_flow"] == 20
+    assert 2 < bits["flow"] < bits["bound"] < 4.5 and bits["bound_error"] > 0
+    assert f"at most {bits['bound']:.3f} ± {bits['bound_error']:.3f} by the bound" in said
+    assert command(*REAL, "--samples", "mine.npz", "--bits_per_dim") == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").replace("|", " ").split())
+    assert "samples are measured as they are: leave bits_per_dim out" in said
+
 def test_evaluate_a_file_of_samples(tmp_path):
     "If real images are the samples, they are measured as real images. Without labels there is no agreement."
     fresh = load_sample("test")

@@ -13,13 +13,15 @@ from torch.testing import assert_close
 import peers
 import reference
 from reference import PREDICTION_TYPES
-from ddpm_tutorial.fast_sampling import DEFAULT_STEPS, METHODS, ddim_invert, ddim_steps, dpm_solver_steps
+from ddpm_tutorial.fast_sampling import ddim_invert, ddim_steps, dpm_solver_steps
 from ddpm_tutorial.sampler import ddpm_steps, sample
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig, cosine_betas, from_betas
+from ddpm_tutorial.solvers import DEFAULT_STEPS, METHODS, heun_steps
 
 T, SHAPE = 100, (4, 1, 3, 3)
 even_log_snr = partial(dpm_solver_steps, spacing="log_snr")
-FAST = {"ddim": ddim_steps, "ddim, eta 1": partial(ddim_steps, eta=1.), "dpm++": dpm_solver_steps}
+FAST = {"ddim": ddim_steps, "ddim, eta 1": partial(ddim_steps, eta=1.), "dpm++": dpm_solver_steps,
+        "heun": heun_steps}
 
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
@@ -184,23 +186,40 @@ def test_log_snr_times_against_diffusers(schedule, n):
     assert all(t == near for t, near in zip(times, nearest) if 5 < near < 980)
 
 
-def test_spacings_that_cannot_be():
-    """An unknown name is refused, and so is even log-SNR where the log-SNR is infinite at the noisy end.
+@pytest.mark.parametrize("n", [5, 18, 40])
+def test_karras_times(n):
+    """Away from the ends, our times are the nearest to the noise levels of diffusers' `use_karras_sigmas`.
 
-    If it is infinite at the clean end, the path itself is refused.
+    At the ends they make room for one another.
     """
-    with pytest.raises(ValueError, match="spacing must be 'time' or 'log_snr', not 'logSNR'"):
+    scheduler = SchedulerConfig("linear", 1000).build()
+    theirs = peers.DPMSolverMultistepScheduler(1000, use_karras_sigmas=True, **peers.betas_of("linear", 1000))
+    theirs.set_timesteps(n)
+    wanted, levels = theirs.sigmas[:-1].double(), scheduler.sigma/scheduler.signal
+    nearest = [(levels.log() - sigma.log()).abs().argmin().item() for sigma in wanted]
+    times = [t for t, _ in scheduler.timesteps(n, spacing="karras")]
+    assert times[0] == 999 and times[-1] == 0
+    assert all(abs(t - near) <= 1 for t, near in zip(times, nearest) if 20 < near < 950)
+
+
+def test_an_unknown_spacing():
+    with pytest.raises(ValueError, match="spacing must be one of .*, not 'logSNR'"):
         NoiseScheduler.cosine(T).timesteps(5, spacing="logSNR")
     with pytest.raises(ValueError, match="spacing must be"):
         next(dpm_solver_steps(lively, NoiseScheduler.cosine(T), SHAPE, generator=seeded(), spacing="log"))
-    betas = cosine_betas(T)
-    betas[-1] = 1.
-    terminal = NoiseScheduler(*from_betas(betas), prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="spacing 'log_snr' needs"): terminal.timesteps(5, spacing="log_snr")
-    assert len(terminal.timesteps(5)) == 5
-    betas[0] = 1e-20
-    with pytest.raises(ValueError, match=r"sigma must be in \(0, 1\]"):
-        NoiseScheduler(*from_betas(betas), prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("T", [1, 2, 3, 50, 1000])
+def test_spacings_without_signal_at_the_end(T, spacing):
+    "With zero terminal SNR every spacing has its times, from pure noise down."
+    scheduler = NoiseScheduler.flow(T)
+    for n in {1, min(2, T), min(10, T), T}:
+        times = [t for t, _ in scheduler.timesteps(n, spacing=spacing)]
+        assert len(times) == n and times[0] == T - 1 and (n == 1 or times[-1] == 0)
+        assert all(a > b for a, b in zip(times, times[1:]))
+    if T == 1000: # even in log-SNR: the middle of the line is in the middle
+        assert abs(scheduler.timesteps(11, spacing="log_snr")[5][0] - 499) < 100 or spacing == "karras"
 
 
 def closed_form(betas, z, mean, std, t):
@@ -211,7 +230,7 @@ def closed_form(betas, z, mean, std, t):
 
 class EqualStrides(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."
-    def timesteps(self, num_inference_steps, **kwargs):
+    def timesteps(self, num_inference_steps, *options):
         *pairs, (t, _), _ = super().timesteps(num_inference_steps + 1)
         return [*pairs, (t, -1)]
 
@@ -325,7 +344,7 @@ def test_eta_out_of_range(eta):
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction", "flow"])
-@pytest.mark.parametrize("method, order", [(ddim_steps, 1), (dpm_solver_steps, 2)])
+@pytest.mark.parametrize("method, order", [(ddim_steps, 1), (dpm_solver_steps, 2), (heun_steps, 2)])
 def test_flow_follows_its_closed_form(method, order, prediction_type):
     """On the straight path with Gaussian data, the samples follow the closed form.
 
@@ -358,6 +377,42 @@ def test_flow_samples_have_the_moments_of_the_data(method, prediction_type):
     x = sample(model, scheduler, (256, 1, 16, 16), generator=seeded(), method=method, num_inference_steps=100,
                clip_sample=False)
     assert abs(x.mean().item() - 0.3) < 0.01 and abs(x.std().item() - 0.5) < 0.015
+
+
+PATHS = {"linear": dict(schedule="linear"), "cosine": dict(schedule="cosine"), "flow": dict(schedule="flow"),
+         "shifted cosine": dict(schedule="cosine", shift=64/28),
+         "shifted flow": dict(schedule="flow", shift=3.),
+         "zero terminal SNR": dict(schedule="linear", zero_terminal_snr=True)}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("path", PATHS)
+def test_moments_on_every_path(monkeypatch, float64, path, method):
+    """With the exact denoiser of N(0.3, 0.5^2), samples have this mean and standard deviation to 1e-3.
+
+    A sample is then a linear function of the noises that were drawn. Row i of the batch is given a 1 as draw
+    number i, and zeros otherwise: its distance from a row without any noise is the factor of that draw, and
+    the variance is the sum of the squared factors. Methods of first order need 5,000 steps for it.
+    """
+    steps = {ddpm_steps: 5000, ddim_steps: 5000}.get(method, 500)
+    scheduler = SchedulerConfig(**PATHS[path], num_steps=steps, prediction_type="v_prediction").build()
+    drawn = []
+    def model(x, t):
+        signal, sigma = scheduler.factors(t, x)
+        x0 = 0.3 + 0.25*signal/(0.25*signal**2 + sigma**2)*(x - 0.3*signal)
+        return scheduler.target(x0, (x - signal*x0)/sigma, t)
+    def one_at_a_time(shape, **_):
+        draw = torch.zeros(shape)
+        draw[len(drawn)] = 1.
+        drawn.append(None)
+        return draw
+    draws = steps if method is ddpm_steps else 1
+    monkeypatch.setattr(torch, "randn", one_at_a_time)
+    x = sample(model, scheduler, (draws + 1, 1), generator=seeded(), method=method, clip_sample=False)
+    x = x.flatten()
+    mean, factors = x[-1], x[:-1] - x[-1]
+    assert len(drawn) == draws
+    assert abs(mean.item() - 0.3) < 1e-3 and abs(factors.square().sum().sqrt().item() - 0.5) < 1e-3
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 100])
@@ -499,7 +554,9 @@ def test_the_same_arguments(method):
         return list(method(model, NoiseScheduler.cosine(T), SHAPE, generator=seeded(), num_inference_steps=n,
                            labels=labels))
     steps = run()
-    assert seen == [([step.t]*4, [0, 1, 2, 3]) for step in steps] and len(steps) == 5
+    times = [step.t for step in steps]
+    if method is heun_steps: times = [times[0], *(t for t in times[1:] for _ in range(2))] # the second look
+    assert seen == [([t]*4, [0, 1, 2, 3]) for t in times] and len(steps) == 5
     for step in steps:
         assert step.x.shape == step.x0.shape == SHAPE
         assert not step.x.requires_grad and step.x0.abs().max() <= 1
@@ -529,7 +586,7 @@ def test_another_device(method):
 
 
 def test_names():
-    assert METHODS.keys() == DEFAULT_STEPS.keys() == {"ddpm", "ddim", "dpm++"}
+    assert METHODS.keys() == DEFAULT_STEPS.keys() == {"ddpm", "ddim", "dpm++", "heun"}
     assert METHODS["ddpm"] is ddpm_steps and METHODS["ddim"] is ddim_steps
-    assert METHODS["dpm++"] is dpm_solver_steps
+    assert METHODS["dpm++"] is dpm_solver_steps and METHODS["heun"] is heun_steps
     assert DEFAULT_STEPS["ddpm"] is None

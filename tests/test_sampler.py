@@ -154,7 +154,7 @@ def test_imagine(prediction_type):
         return torch.sin(x).bfloat16()
     expected, _ = scheduler.to_x0_and_noise(torch.sin(x).bfloat16().float(), x, t)
     for clip in (False, True):
-        x0 = predict_x0(model, scheduler, x, 7, clip, {"labels": LABELS})
+        x0 = predict_x0(model, scheduler, x, t, clip, {"labels": LABELS})
         assert x0.dtype == torch.float32 and torch.equal(x0, expected.clamp(-1, 1) if clip else expected)
     # otherwise there would be nothing to clip
     if prediction_type != "sample": assert expected.abs().max() > 1
@@ -289,7 +289,7 @@ def test_output_of_another_kind_is_refused(output):
     scheduler, x = NoiseScheduler.cosine(5), torch.randn(SHAPE, generator=seeded())
     t = torch.zeros(4, dtype=torch.long)
     def model(x, t, labels=None): return output(x)
-    calls = [lambda: predict(model, x, t, {}), lambda: predict_x0(model, scheduler, x, 3, True, {}),
+    calls = [lambda: predict(model, x, t, {}), lambda: predict_x0(model, scheduler, x, t, True, {}),
              lambda: sample(model, scheduler, SHAPE, generator=seeded()),
              *(lambda scale=scale: guided(model, scale, {"labels": 10})(x, t, labels=LABELS)
                for scale in (0., 1., 2.))]

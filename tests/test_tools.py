@@ -39,7 +39,7 @@ def test_ablation(tmp_path):
     said = run("ablation.py", "--quick", cwd=tmp_path)
     folder = tmp_path/"outputs"/"ablation"
     recipe, batches, raw = json.loads((folder/"ablation.json").read_text())["rows"]
-    settings = [json.loads((folder/name/"config.json").read_text())["train"] for name in "01"]
+    settings = [json.loads((folder/name/"config.json").read_text())["train"] for name in ("0-0", "1-0")]
     different = {name for name in settings[0] if settings[0][name] != settings[1][name]}
     assert different == {"batch_size", "warmup_steps"}
     assert "averaged weights" in recipe["what"]

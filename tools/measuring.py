@@ -6,7 +6,7 @@ from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_samp
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import Stream, random_generator
 
-def parse_arguments(doc, name, quick_samples):
+def parse_arguments(doc, name, quick_samples, add_more=lambda parser: None):
     "Options of a script that writes outputs/`name`, or nbs/`name` for the lessons."
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -15,6 +15,7 @@ def parse_arguments(doc, name, quick_samples):
     parser.add_argument("--output", type=Path, default=Path("outputs")/name)
     parser.add_argument("--docs", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    add_more(parser)
     args = parser.parse_args()
     if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
     if args.docs: args.output = Path(__file__).resolve().parent.parent/"nbs"/name

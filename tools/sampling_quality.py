@@ -18,11 +18,12 @@ from itertools import product
 import torch
 
 from ddpm_tutorial.data import CLASSES
-from ddpm_tutorial.fast_sampling import METHODS, dpm_solver_steps
+from ddpm_tutorial.fast_sampling import dpm_solver_steps
 from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classifier, matched_subset
 from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
 from ddpm_tutorial.scheduler import NoiseScheduler
+from ddpm_tutorial.solvers import METHODS
 from measuring import draw, in_short, parse_arguments, real_images
 
 STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
@@ -31,7 +32,7 @@ STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
 
 class WholeStride(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."
-    def timesteps(self, n, **kwargs):
+    def timesteps(self, n, *options):
         *pairs, (t, _), _ = super().timesteps(n + 1)
         return [*pairs, (t, -1)]
 

@@ -22,7 +22,7 @@ from .cli import parse_options, run_command, steady_output
 from .config import PRESETS, Config, fit_to_data
 from .device import (choose_device, choose_precision, label_conditions, new_model,
                                       sampling_steps)
-from ..training import TrainState, diffusion_loss, diffusion_objective, new_state, train_steps
+from ..training import TrainState, diffusion_loss, new_state, train_steps
 
 # %% ../../nbs/16_check.ipynb #9c5ca5fa
 class CheckError(Exception):
@@ -125,7 +125,7 @@ def check_training(
     "Tries training steps and EMA. Raises `CheckError` at the first part that fails."
     with part("training steps") as say:
         before = [p.detach().clone() for p in state.ema.parameters()]
-        objective = diffusion_objective(config.scheduler.build(), config.train.label_dropout)
+        objective = config.build_objective()
         records = list(train_steps(state, data, objective, config.train, precision))
         say(f"{len(records)} steps of {config.train.batch_size} images in {precision}")
     with part("EMA") as say:

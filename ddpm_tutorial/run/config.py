@@ -8,6 +8,7 @@ __all__ = ['MAY_DIFFER', 'TINY', 'SMALL', 'BASELINE', 'LARGE', 'PRESETS', 'Confi
 
 # %% ../../nbs/10_config.ipynb #237dd473
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
@@ -15,9 +16,11 @@ import dacite
 import tyro
 
 from ..data import CLASSES
-from ..fast_sampling import DEFAULT_STEPS, METHODS
-from ..scheduler import SchedulerConfig
-from ..training import TrainConfig
+from ..solvers import DEFAULT_STEPS, METHODS
+from ..likelihood import hybrid_objective
+from ..objectives import ObjectiveConfig
+from ..scheduler import SPACINGS, SchedulerConfig
+from ..training import TrainConfig, diffusion_objective
 from ..unet import UNetConfig
 
 # %% ../../nbs/10_config.ipynb #f950e30b
@@ -27,10 +30,11 @@ class ConfigError(Exception):
 @dataclass(frozen=True)
 class SamplingConfig:
     "How samples are drawn. Raises `ValueError` for settings that cannot work."
-    guidance_scale: float=3.0                # 0 unconditional, 1 conditional, above 1 exaggerated
-    method: Literal[tuple(METHODS)]="dpm++"  # how the samples are drawn
-    num_inference_steps: int|None=None       # at most num_steps; default: dpm++ 30, ddim 50, ddpm all
-    clip_sample: bool=True                   # keep the clean images that each step predicts in [-1, 1]
+    guidance_scale: float=3.0               # 0 unconditional, 1 conditional, above 1 exaggerated
+    method: Literal[tuple(METHODS)]="dpm++" # how the samples are drawn
+    num_inference_steps: int|None=None      # at most num_steps; default: dpm++ 30, heun 18, ddim 50, ddpm all
+    spacing: Literal[SPACINGS]="time"       # which times are visited: evenly spread in what
+    clip_sample: bool=True                  # keep the clean images that each step predicts in [-1, 1]
 
     def __post_init__(self):
         if not 0 <= self.guidance_scale < math.inf:
@@ -43,6 +47,7 @@ class Config:
     "Everything that decides a model, its training and its samples. Raises `ValueError` for what cannot work."
     model: UNetConfig=UNetConfig()
     scheduler: SchedulerConfig=SchedulerConfig()
+    objective: ObjectiveConfig=ObjectiveConfig()
     train: TrainConfig=TrainConfig()
     sampling: SamplingConfig=SamplingConfig()
     data: str="fashion_mnist" # "fashion_mnist", "sample" (in the package), or a path for `load_images`
@@ -61,6 +66,10 @@ class Config:
     def inference_steps(self) -> int: # `num_inference_steps`, or the method's own number
         most = self.scheduler.num_steps
         return self.sampling.num_inference_steps or min(DEFAULT_STEPS[self.sampling.method] or most, most)
+
+    def build_objective(self) -> Callable: # for `train_steps`
+        make = hybrid_objective if self.model.learned_variance else diffusion_objective
+        return self.objective.build(self.scheduler.build(), self.train.label_dropout, make)
 
 # %% ../../nbs/10_config.ipynb #2432ff24
 def _with_tuples(value, default, name):

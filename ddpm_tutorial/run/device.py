@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..fast_sampling import METHODS
+from ..solvers import METHODS
 from .config import Config, ConfigError
 from ..sampler import Step, guided
 from ..training import autocast_to
@@ -182,5 +182,5 @@ def sampling_steps(
     if model.null_cond: denoiser = guided(denoiser, how.guidance_scale, model.null_cond)
     shape = (num_samples, *config.image_shape)
     return METHODS[how.method](denoiser, config.scheduler.build(), shape, generator=generator,
-                               num_inference_steps=config.inference_steps, clip_sample=how.clip_sample,
-                               device=device, **cond)
+                               num_inference_steps=config.inference_steps, spacing=how.spacing,
+                               clip_sample=how.clip_sample, device=device, **cond)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import PIXELS, image_grid, to_pil
-from ..fast_sampling import METHODS
+from ..solvers import METHODS
 from .checkpoint import PRETRAINED, load_model
 from .cli import parse_options, run_command, steady_output
 from .config import (MAY_DIFFER, Config, ConfigError, SamplingConfig, config_from_dict,
@@ -29,6 +29,7 @@ from .device import (choose_device, choose_precision, explain_out_of_memory,
 from .files import make_folder, write_atomic
 from .signals import StopOnSignal
 from ..sampler import save_gif, snapshots
+from ..scheduler import SPACINGS
 from ..training import Stream, random_generator
 from ..unet import UNet
 
@@ -41,6 +42,7 @@ class DrawOptions:
     guidance_scale: float|None=None    # 0 unconditional, 1 conditional, more exaggerates; default: as trained
     num_inference_steps: int|None=None # fewer are faster; default: as trained, or that of another method
     method: Literal[tuple(METHODS)]|None=None # default: as trained
+    spacing: Literal[SPACINGS]|None=None # of the times that are visited; default: as trained
     clip_sample: bool|None=None # clip predictions to [-1, 1] (--no-clip_sample: don't); default: as trained
     use_ema: bool=True                 # averaged weights; otherwise those of the last step
     seed: int=0
@@ -212,6 +214,7 @@ def describe_sampling(
     how, name = config.sampling, options.checkpoint.name if options.checkpoint else "the trained small"
     parts = [name, how.method, f"{config.inference_steps} steps"]
     if config.classes: parts.append(f"guidance {how.guidance_scale:g}")
+    if how.spacing != "time": parts.append(f"times even in {how.spacing}")
     if not how.clip_sample: parts.append("not clipped")
     weights = "averaged weights" if options.use_ema else "raw weights"
     return ", ".join([*parts, weights, f"seed {options.seed}"])

@@ -32,8 +32,8 @@ from .files import check_folder, lock_folder, make_folder, remove_partial_files,
 from .report import try_report
 from .signals import StopOnSignal, Stopped
 from .tracking import Progress, Tracker, start_wandb, timed
-from ..training import (Stream, TrainState, TrainStep, diffusion_objective, learning_rate,
-                                    new_state, random_generator, total_steps, train_steps, validation_loss)
+from ..training import (Stream, TrainState, TrainStep, learning_rate, new_state,
+                                    random_generator, total_steps, train_steps, validation_loss)
 
 # %% ../../nbs/13_train.ipynb #07758995
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def distributed_steps(
 ) -> Iterator[TrainStep]:
     "The loop of lesson 07. If there are several processes, each computes its rows of the batch."
     model, config = SharedBatch(run.state.model) if size > 1 else None, run.config
-    objective = diffusion_objective(config.scheduler.build(), config.train.label_dropout)
+    objective = config.build_objective()
     return train_steps(run.state, run.data, objective, config.train, run.progress.precision, model)
 
 def describe_run(

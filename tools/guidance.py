@@ -1,0 +1,108 @@
+"""What do the ways of guiding `small` give? Class agreement, Fréchet distance and coverage over the scale.
+
+usage: python tools/guidance.py [--seeds 3] [--num_samples 1000] [--early CHECKPOINT] [--data_root DIR]
+                                [--output FILE.json] [--docs] [--quick]
+
+--early is a checkpoint of `small` after one of its epochs, for guidance by a weaker version of itself;
+without it, the script trains one (three minutes). A seed takes a quarter of an hour on two cores. A result
+that exists is not measured again. --docs writes nbs/guidance.json. --quick draws few samples in few steps on
+the bundled images: it shows that the script works, but its figures mean nothing.
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from ddpm_tutorial.data import CLASSES, PIXELS, ImageData
+from ddpm_tutorial.guidance import guided_by_weaker, scale_in_interval
+from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classifier, matched_subset
+from ddpm_tutorial.run.checkpoint import load_model, load_pretrained
+from ddpm_tutorial.run.device import choose_precision
+from ddpm_tutorial.sampler import guided, sample
+from ddpm_tutorial.solvers import METHODS
+from ddpm_tutorial.training import Stream, autocast_to, random_generator
+from measuring import in_short, parse_arguments, real_images
+
+CASES = {"everywhere": (1., 1.3, 1.6, 2., 3., 5.), "rescaled": (2., 3., 5.),
+         "levels 0.3 to 3": (1.6, 2., 3., 5.), "levels 0.3 to 10": (1.6, 2., 3.), "levels 1 to 10": (2., 3.),
+         "away from an early checkpoint": (1.5, 2., 3.)}
+RESCALE = 0.7
+
+def rescaled(model, guided_model):
+    "2305.08891, section 3.4: the guided prediction gets (most of) the spread of the conditional one."
+    def rescaled_model(x, t, **cond):
+        prediction, conditional = guided_model(x, t, **cond), model(x, t, **cond)
+        spread, wanted = (y.std(dim=(1, 2, 3), keepdim=True) for y in (prediction, conditional))
+        return RESCALE*prediction*wanted/spread + (1 - RESCALE)*prediction
+    return rescaled_model
+
+def early_checkpoint(args):
+    if args.early: return args.early
+    folder = args.output.parent/"small_early"
+    path = folder/"checkpoints"/"best_model.pth"
+    if not path.exists():
+        options = "--data sample --max_steps 2" if args.quick else "--epochs 1"
+        command = f"-m ddpm_tutorial.run.train --config small --no-wandb --output_dir {folder} {options}"
+        subprocess.run([sys.executable, *command.split()], check=True)
+    return path
+
+def guide(way, scale, model, early, scheduler):
+    "The model as it is guided in this case."
+    null = model.null_cond
+    if way == "everywhere": return guided(model, scale, null)
+    if way == "rescaled": return rescaled(model, guided(model, scale, null))
+    if way.startswith("levels"):
+        low, high = way.split()[1::2]
+        return guided(model, scale_in_interval(scheduler, scale, (float(low), float(high))), null)
+    return guided_by_weaker(model, early, scale)
+
+def draw(model, config, labels, seed, precision, quick):
+    "Samples of a model that is guided already, with the labels that were asked for."
+    generator, images = random_generator(seed, Stream.SAMPLES), []
+    def cast(x, t, **cond):
+        with autocast_to(precision, x.device): return model(x, t, **cond)
+    for part in labels.split(250):
+        x = sample(cast, config.scheduler.build(), (len(part), *config.image_shape), generator=generator,
+                   method=METHODS[config.sampling.method], labels=part,
+                   num_inference_steps=2 if quick else config.inference_steps)
+        images.append(PIXELS.decode(x))
+    return ImageData(torch.cat(images), labels, CLASSES)
+
+def stored_rows(path, settings):
+    "What was measured before, with the same settings."
+    if not path.exists(): return []
+    stored = json.loads(path.read_text())
+    if {name: stored.get(name) for name in settings} != settings:
+        sys.exit(f"{path} was measured with other settings; name another --output")
+    return stored["rows"]
+
+def main():
+    args = parse_arguments(__doc__, "guidance.json", 40,
+                           lambda parser: parser.add_argument("--early", type=Path))
+    reference, fresh = real_images(args)
+    classifier = load_classifier()
+    reference_output = extract_features(reference.images, classifier)
+    model, config = load_pretrained("small")
+    early, _ = load_model(early_checkpoint(args))
+    labels = torch.arange(args.num_samples) % len(CLASSES)
+    precision = choose_precision("auto", torch.device("cpu"))
+    scheduler = config.scheduler.build()
+    settings = dict(num_samples=args.num_samples, method=config.sampling.method, steps=config.inference_steps,
+                    precision=precision)
+    rows = stored_rows(args.output, settings)
+    known = {(row["way"], row["scale"], row["seed"]) for row in rows}
+    real = compute_metrics(matched_subset(fresh, labels), reference, reference_output, classifier)
+    for seed in range(args.seeds):
+        for way, scale in ((way, scale) for way, scales in CASES.items() for scale in scales):
+            if (way, scale, seed) in known: continue
+            guided_model = guide(way, scale, model, early, scheduler)
+            drawn = draw(guided_model, config, labels, seed, precision, args.quick)
+            metrics = compute_metrics(drawn, reference, reference_output, classifier)
+            rows.append(dict(way=way, scale=scale, seed=seed, **metrics))
+            print(f"seed {seed}, {way}, scale {scale:g}: {in_short(rows[-1])}", flush=True)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(dict(**settings, real=real, rows=rows), indent=1) + "\n")
+
+if __name__ == "__main__": main()
