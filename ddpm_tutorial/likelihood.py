@@ -33,18 +33,17 @@ def log_probability_of_pixels(
     images: Tensor, # uint8 (B, C, H, W)
     mean: Tensor,   # float, in [-1, 1] nominally, as images
     std: Tensor     # above 0, broadcasts with mean
-) -> Tensor:        # float64, as images: nats
+) -> Tensor:        # float64, as images, on the CPU: nats
     """The logarithm of a Gaussian's mass within half a grey level of each pixel; the tails belong to black
     and white ([2006.11239](https://arxiv.org/abs/2006.11239), eq. 13)."""
-    # float32 is too coarse for the tails
-    x, mean, std = images.double()/127.5 - 1, mean.double(), std.double()
-    def below(edge): return torch.special.ndtr((edge - mean)/std)
-    def above(edge): return torch.special.ndtr((mean - edge)/std)
-    lower, upper = x - 1/255, x + 1/255
-    # in the upper half of the Gaussian, differences of tails keep their digits
-    mass = torch.where(x > mean, above(lower) - above(upper), below(upper) - below(lower))
-    mass = torch.where(images == 0, below(upper), torch.where(images == 255, above(lower), mass))
-    return mass.clamp(min=1e-300).log()
+    log_ndtr, images = torch.special.log_ndtr, images.cpu()  # float64 is not for every device
+    mean, std = mean.cpu().double(), std.cpu().double()
+    away, half = (images.double()/127.5 - 1 - mean)/std, 1/255/std
+    # two values of the lower tail, where the logarithm keeps its digits
+    near, far = log_ndtr(half - away.abs()), log_ndtr(-half - away.abs())
+    inside = near + torch.log(-torch.expm1(far - near))
+    or_white = torch.where(images == 255, log_ndtr(half - away), inside)
+    return torch.where(images == 0, log_ndtr(away + half), or_white)
 
 # %% ../nbs/24_likelihood.ipynb #24-split
 def split_prediction(
@@ -93,30 +92,29 @@ def bound_term(
     t: Tensor,                 # (B,)
     noise: Tensor,             # standard normal, as x0
     **cond                     # handed to the model
-) -> Tensor:                   # (B,): bits per dimension
+) -> Tensor:                   # float64 (B,) on the CPU: bits per dimension
     """The term of the variational bound at time t: a divergence, or at t = 0 the reconstruction
     ([2006.11239](https://arxiv.org/abs/2006.11239), eq. 5). The gradient reaches the model."""
-    x_t = scheduler.add_noise(x0, noise, t)
+    x_t, t = scheduler.add_noise(x0, noise, t), t.cpu()
     prediction, fraction = split_prediction(model, x_t, t, cond)
     predicted, _ = scheduler.to_x0_and_noise(prediction, x_t, t)
-    variance = step_variance(scheduler, t, x0, fraction)
-    nats = torch.zeros_like(x0, dtype=torch.float64)
-    first = (t == 0).to(x0.device)
+    variance = step_variance(scheduler, t, x0, fraction).expand_as(x0).cpu().double()
+    first, later = t == 0, t > 0
+    nats = torch.zeros(x0.shape, dtype=torch.float64)
     if first.any():
-        std = variance.expand_as(x0)[first].sqrt()
+        std = variance[first].sqrt()
         nats[first] = -log_probability_of_pixels(to_uint8(x0[first]), predicted[first], std)
-    if not first.all():
-        later = ~first
+    if later.any():
         small = NoiseScheduler(scheduler.signal, scheduler.sigma, prediction_type="sample")
-        true_mean, true_variance = small.posterior(x0[later], x_t[later], t[later.cpu()])
-        mean, _ = small.posterior(predicted[later], x_t[later], t[later.cpu()])
-        distance2 = (true_mean - mean).double()**2
-        nats[later] = gaussian_kl(distance2, true_variance.double(), variance.expand_as(x0)[later].double())
+        true_mean, true_variance = small.posterior(x0[later], x_t[later], t[later])
+        mean, _ = small.posterior(predicted[later], x_t[later], t[later])
+        distance2 = (true_mean - mean).cpu().double()**2
+        nats[later] = gaussian_kl(distance2, true_variance.cpu().double(), variance[later])
     return nats.flatten(1).mean(dim=1)/math.log(2)
 
 # %% ../nbs/24_likelihood.ipynb #24-bound
 class Bound(NamedTuple):
-    "The variational bound of each image, in bits per dimension: less is better."
+    "The variational bound of each image, in bits per dimension, on the CPU: less is better."
     prior: Tensor          # (B,): what is left of the image in the last noise
     diffusion: Tensor      # (B,): all steps but the last
     reconstruction: Tensor # (B,): the last step, to one of 256 values
@@ -136,18 +134,21 @@ def variational_bound(
 ) -> Bound:
     """At least `-log2 p(images)` per dimension, in the mean over the noise.
 
-    With `num_times`, the sum over the times is estimated from so many, without bias: times are drawn in
-    strata, in proportion to the fall of the log-SNR, since the terms are of similar size there."""
+    With `num_times`, the sum over the times is estimated from so many draws, without bias. Times where the
+    log-SNR falls fast have larger terms and are drawn more often. Each draw has a stratum of its own. Raises
+    `ValueError` for fewer than one."""
+    if num_times is not None and num_times < 1:
+        raise ValueError(f"num_times must be at least 1, or None for all times, not {num_times}")
     x0, T = to_float(images), len(scheduler)
     last = torch.full((len(x0),), T - 1)
     signal, sigma = scheduler.factors(last, x0)
     prior = gaussian_kl((signal*x0.cpu().double())**2, sigma**2, torch.ones_like(sigma))
-    log_snr = scheduler.snr(torch.arange(T)).log().clamp(min=-50)
-    weight = -log_snr.diff()/(log_snr[0] - log_snr[-1]) if T > 1 else torch.ones(0)     # of t = 1 ... T-1
+    fall = -scheduler.log_snr.diff()    # to t = 1 ... T-1
+    weight = fall/fall.sum()
     def term(t):
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         return bound_term(model, scheduler, x0, t, noise, **cond)
-    diffusion = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    diffusion = torch.zeros(len(x0), dtype=torch.float64)
     if num_times is None:
         for t in range(1, T): diffusion += term(torch.full((len(x0),), t))
     else:
@@ -155,9 +156,8 @@ def variational_bound(
         for k in range(num_times if T > 1 else 0):
             place = (k + torch.rand(len(x0), generator=generator, dtype=torch.float64))/num_times
             drawn = torch.searchsorted(edges, place).clamp(max=T - 2)
-            diffusion += term(drawn + 1)/(num_times*weight[drawn]).to(diffusion)
-    prior = prior.flatten(1).mean(dim=1).to(diffusion)/math.log(2)
-    return Bound(prior, diffusion, term(torch.zeros_like(last)))
+            diffusion += term(drawn + 1)/(num_times*weight[drawn])
+    return Bound(prior.flatten(1).mean(dim=1)/math.log(2), diffusion, term(torch.zeros_like(last)))
 
 # %% ../nbs/24_likelihood.ipynb #24-hybrid
 def hybrid_objective(
@@ -168,7 +168,8 @@ def hybrid_objective(
     bound_weight: float=0.001           # of the whole bound, which trains the variance alone
 ) -> Callable:                          # objective(model, x0, cond, generator) -> losses (B,) and level (B,)
     """The simple loss, and the bound for a network with `learned_variance`
-    ([2102.09672](https://arxiv.org/abs/2102.09672), eq. 16)."""
+    ([2102.09672](https://arxiv.org/abs/2102.09672), eq. 16). The bound counts all times alike, so draw
+    uniform ones."""
     def objective(model, x0, cond, generator):
         t = draw_times(scheduler, len(x0), generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
@@ -194,7 +195,7 @@ def _velocity_and_divergence(model, scheduler, y, t, signs, cond):
         x0, noise = scheduler.to_x0_and_noise(prediction, x, t)
         velocity = noise - x0
         row, = torch.autograd.grad((velocity*signs).sum(), y)
-    return velocity.detach(), (row*signs).double().flatten(1).sum(dim=1)
+    return velocity.detach(), (row*signs).cpu().double().flatten(1).sum(dim=1)
 
 def flow_log_density(
     model: Callable,            # model(x, t, **cond) -> prediction
@@ -202,12 +203,16 @@ def flow_log_density(
     x: Tensor,                  # noisy images (B, ...) at time 0
     *,
     generator: torch.Generator, # a CPU generator
-    num_inference_steps: int|None=None, # of Heun's method; default: all times
+    num_inference_steps: int|None=None, # times to visit, at least 2; default: all
     spacing: str="time",        # of the times: see `scheduler.timesteps`
     **cond                      # handed to the model
 ) -> Tensor:                    # float64 (B,): nats
     """The log-density of x under the probability-flow ODE, with Hutchinson's estimate of the trace
-    ([2011.13456](https://arxiv.org/abs/2011.13456), eq. 39 and 40)."""
+    ([2011.13456](https://arxiv.org/abs/2011.13456), eq. 39 and 40). Raises `ValueError` for fewer than two
+    times."""
+    if num_inference_steps is not None and num_inference_steps < 2:
+        raise ValueError(f"num_inference_steps must be at least 2, not {num_inference_steps}: the flow leads "
+                         "from the first time to the last")
     def on_line(t):
         signal, sigma = scheduler.factors(t, x)
         return signal + sigma, sigma/(signal + sigma)
@@ -224,7 +229,7 @@ def flow_log_density(
         stride = on_line(now)[1] - on_line(here)[1]
         ahead = _velocity_and_divergence(model, scheduler, y + stride.to(y)*velocity, now, signs, cond)
         y = y + stride.to(y)*(velocity + ahead[0])/2
-        gained = gained + stride.flatten()*(divergence + ahead[1]).cpu()/2
+        gained = gained + stride.flatten()*(divergence + ahead[1])/2
         if t != times[-1]: ahead = _velocity_and_divergence(model, scheduler, y, now, signs, cond)
     scale = on_line(now)[0]
     noise = (y.cpu().double()*scale).flatten(1)
@@ -237,16 +242,17 @@ def flow_bits(
     images: Tensor,             # uint8 (B, C, H, W)
     *,
     generator: torch.Generator, # a CPU generator
-    **kwargs                    # num_inference_steps, spacing and the conditions
-) -> Tensor:                    # (B,): bits per dimension
-    """As `variational_bound`, with the exact density of the flow in place of prior and diffusion."""
+    num_inference_steps: int|None=None, # as in `flow_log_density`
+    spacing: str="time",        # the same
+    **cond                      # handed to the model, each with one row for each image
+) -> Tensor:                    # float64 (B,) on the CPU: bits per dimension
+    """As `variational_bound`, with the density of the flow in place of prior and diffusion. It is a bound
+    still, because of the noise of time 0 that is added and taken away."""
     x0, first = to_float(images), torch.zeros(len(images), dtype=torch.long)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     x = scheduler.add_noise(x0, noise, first)
-    spread = -0.5*(noise.double()**2 + math.log(2*math.pi)) - scheduler.sigma[0].log().to(x0.device)
-    known = flow_log_density(model, scheduler, x, generator=generator, **kwargs)
-    density = (spread.flatten(1).sum(dim=1).cpu() - known)/x0[0].numel()/math.log(2)
-    options = ("num_inference_steps", "spacing")
-    cond = {name: value for name, value in kwargs.items() if name not in options}
-    with torch.no_grad(): reconstruction = bound_term(model, scheduler, x0, first, noise, **cond)
-    return density.to(x0.device) + reconstruction
+    known = flow_log_density(model, scheduler, x, generator=generator, spacing=spacing,
+                             num_inference_steps=num_inference_steps, **cond)
+    spread = -0.5*(noise.cpu().double()**2 + math.log(2*math.pi)) - scheduler.sigma[0].log()
+    density = (spread.flatten(1).sum(dim=1) - known)/x0[0].numel()/math.log(2)
+    with torch.no_grad(): return density + bound_term(model, scheduler, x0, first, noise, **cond)

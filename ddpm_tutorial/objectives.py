@@ -24,8 +24,8 @@ def x0_error_factor(
     t: Tensor # (B,)
 ) -> Tensor:  # float64 (B,)
     """The squared error of x0 that a squared error of 1 in the network's output stands for: `(sigma/det)**2`
-    with `det = signal d - sigma c`. A weight w on the error of x0 is this times w on the error of the
-    output."""
+    with `det = signal d - sigma c`. To put a weight w on the squared error of x0, multiply that of the output
+    by w and by this factor."""
     signal, sigma = scheduler.factors(t, t)
     c, d = target_coefficients(scheduler.prediction_type, signal, sigma)
     return (sigma/(signal*d - sigma*c))**2
@@ -34,10 +34,10 @@ def x0_error_factor(
 def min_snr_weight(
     scheduler: NoiseScheduler,
     t: Tensor,        # (B,)
-    gamma: float=5.0
+    gamma: float=5.0  # the SNR above which an image counts no more
 ) -> Tensor:          # float64 (B,)
     """The weight `min(SNR, gamma)` on the error of x0, converted to what the network is asked for
-    ([2303.09556](https://arxiv.org/abs/2303.09556), section 3.4)."""
+    ([2303.09556](https://arxiv.org/abs/2303.09556), section 3.4). A time without signal has the weight 0."""
     return scheduler.snr(t).clamp(max=gamma)*x0_error_factor(scheduler, t)
 
 # %% ../nbs/21_objectives.ipynb #21-times
@@ -63,7 +63,7 @@ def lognormal_times(
     """The nearest times to noise levels `sigma/signal` whose logarithm is normal
     ([2206.00364](https://arxiv.org/abs/2206.00364), table 1)."""
     wanted = mean + std*torch.randn(n, generator=generator, dtype=torch.float64)
-    levels = (scheduler.sigma/scheduler.signal).log()
+    levels = -scheduler.log_snr/2
     return torch.bucketize(wanted, (levels[1:] + levels[:-1])/2)
 
 # %% ../nbs/21_objectives.ipynb #21-config
@@ -78,7 +78,7 @@ class ObjectiveConfig:
     time_mean: float|None=None       # of its logarithm or logit; default: that of the paper
     time_std: float|None=None        # the same
     loss_weight: str="none"          # of each noise level: "none" or "min_snr"
-    min_snr_gamma: float=5.0         # with min_snr: the SNR above which an image counts no more
+    min_snr_gamma: float|None=None   # with min_snr: the SNR above which an image counts no more; default 5
 
     def __post_init__(self):
         for name, value, known in (("time_distribution", self.time_distribution, list(TIME_DISTRIBUTIONS)),
@@ -87,6 +87,8 @@ class ObjectiveConfig:
         if self.time_options and self.time_distribution == "uniform":
             raise ValueError(f"{' and '.join(self.time_options)}: uniform times have neither; "
                              "choose another time_distribution")
+        if self.min_snr_gamma is not None and self.loss_weight != "min_snr":
+            raise ValueError("min_snr_gamma: only the loss_weight min_snr has one")
         if self.time_mean is not None and not math.isfinite(self.time_mean):
             raise ValueError(f"time_mean must be finite, not {self.time_mean}")
         for name in ("time_std", "min_snr_gamma"):
@@ -106,5 +108,6 @@ class ObjectiveConfig:
     ) -> Callable:                          # an objective for `train_steps`
         options = {name.removeprefix("time_"): value for name, value in self.time_options.items()}
         draw_times = partial(TIME_DISTRIBUTIONS[self.time_distribution], **options)
-        weight = partial(min_snr_weight, gamma=self.min_snr_gamma) if self.loss_weight == "min_snr" else None
+        gamma = {} if self.min_snr_gamma is None else {"gamma": self.min_snr_gamma}
+        weight = partial(min_snr_weight, **gamma) if self.loss_weight == "min_snr" else None
         return make(scheduler, dropout, draw_times, weight)

@@ -45,11 +45,12 @@ class SharedBatch(nn.Module):
     def forward(self,
         x: Tensor, # (B, ...), the same in all processes
         t: Tensor, # (B,)
-        **cond     # tensors with B rows
+        **cond     # tensors with B rows; anything else goes to all processes as it is
     ) -> Tensor:   # (B, ...)
         rank, size = dist.get_rank(), dist.get_world_size()
         mine = own_rows(len(x), rank, size).to(x.device)
-        rows = self.parallel(x[mine], t[mine], **{name: value[mine] for name, value in cond.items()})
+        def share(value): return value[mine] if isinstance(value, Tensor) else value
+        rows = self.parallel(x[mine], t[mine], **{name: share(value) for name, value in cond.items()})
         parts = [torch.empty_like(rows) for _ in range(size)]
         dist.all_gather(parts, rows.detach())
         parts[rank] = rows # the only part with a gradient

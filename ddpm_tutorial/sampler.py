@@ -227,7 +227,8 @@ def guided(
     def guided_model(x, t, **cond):
         cond = prepare_conditions(cond, x.shape, x.device)
         uncond = null_conditions(null, cond)
-        scale = guidance_scale(t) if callable(guidance_scale) else torch.full(t.shape, float(guidance_scale))
+        if callable(guidance_scale): scale = guidance_scale(t)
+        else: scale = torch.full(t.shape, float(guidance_scale), dtype=torch.float64)
         if (scale == 0).all() or (scale == 1).all(): return predict(model, x, t, cond if scale[0] else uncond)
         both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
         without, with_cond = predict(model, torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)

@@ -246,6 +246,13 @@ class NoisePath:
         variance = added if self.variance_type == "fixed_large" else added*sigma_prev**2/sigma**2
         return mean, variance.to(x0)
 
+    @cached_property
+    def log_snr(self) -> Tensor: # float64 (T,)
+        "Of all times, and finite: a last time without signal counts as if the log-SNR went on evenly."
+        values = 2*(self.signal.log() - self.sigma.log())
+        if self.signal[-1] == 0: values[-1] = 2*values[-2] - values[-3] if len(self) > 2 else -50.
+        return values
+
     def snr(self,
         t: Tensor  # (B,)
     ) -> Tensor:   # float64 (B,)
@@ -325,8 +332,8 @@ class NoiseScheduler(NoisePath):
         Even in "time"; even in the logarithm of the SNR ("log_snr"); or even in the seventh root of noise
         over signal ("karras", [2206.00364](https://arxiv.org/abs/2206.00364), eq. 5 with rho 7). The last two
         take the nearest times, and no time twice: the second of two takes the next lower one, or at the clean
-        end the first the next higher one. A last time without signal counts as if the log-SNR went on
-        evenly. Raises `ValueError` for a wrong number of steps and for an unknown spacing."""
+        end the first the next higher one. Raises `ValueError` for a wrong number of steps
+        and for an unknown spacing."""
         n = len(self) if num_inference_steps is None else num_inference_steps
         if not 1 <= n <= len(self):
             raise ValueError(f"num_inference_steps must be in 1 ... {len(self)}, not {n}")
@@ -335,10 +342,8 @@ class NoiseScheduler(NoisePath):
         if spacing == "time":
             times = torch.linspace(len(self) - 1, last, n, dtype=torch.float64).round().long()
         else:
-            log_snr = self.snr(torch.arange(len(self))).log().clamp(min=-50)
-            if len(self) > 2 and self.signal[-1] == 0: log_snr[-1] = 2*log_snr[-2] - log_snr[-3]
-            wanted = _spread_log_snr(spacing, log_snr[-1].item(), log_snr[last].item(), n)
-            times = _nearest_times(wanted, log_snr, last)
+            wanted = _spread_log_snr(spacing, self.log_snr[-1].item(), self.log_snr[last].item(), n)
+            times = _nearest_times(wanted, self.log_snr, last)
         times = times.tolist()
         return list(zip(times, times[1:] + [-1]))
 

@@ -86,7 +86,7 @@ class UNetConfig:
     head_dim: int=32                                 # width of an attention head
     feed_forward: bool=True                          # feed-forward after the attention
     num_groups: int=2                                # groups of every group norm
-    learned_variance: bool=False                     # also say how wide each step should be (lesson 24)
+    learned_variance: bool=False                     # also predict the step's variance, for the likelihood
 
     @property
     def resolutions(self) -> tuple[int, ...]: # size of the feature map at each level, e.g. (28, 14, 7)
@@ -304,6 +304,8 @@ class UNet(nn.Module):
     ) -> Tensor:                   # prediction (B, C, H, W), or with the variance (B, 2 C, H, W)
         "Raises `ValueError` for a condition that the network cannot use."
         if context is not None: raise ValueError("this model has no cross-attention, but a context was given")
+        if with_variance and not self.config.learned_variance:
+            raise ValueError("this model has no variance: build it with learned_variance=True")
         dtype, cond, kept = x.dtype, self.condition(t, labels), []
         x = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))   # (B, base, H/patch, W/patch)
         for level in self.down:

@@ -65,6 +65,7 @@ def between(low, high): return lambda v: v is None or low <= v <= high
 def one_of(*names): return lambda v: v in names
 def ends_in(ending): return lambda v: v is None or v.suffix == ending
 def not_negative(v): return v is None or 0 <= v < math.inf
+def rising(v): return v is None or len(v) == 2 and 0 <= v[0] < v[1] < math.inf
 def share(v): return 0 <= v < 1
 def seed(v): return 0 <= v < 2**31
 def anything(v): return True
@@ -77,8 +78,10 @@ ALLOWED = {
         max_steps=at_least(1), batch_size=at_least(1), warmup_steps=at_least(0), seed=seed,
         lr=above(0), grad_clip=above(0), weight_decay=not_negative, label_dropout=share, ema_decay=share,
         guidance_scale=not_negative, num_inference_steps=between(1, 500), method=one_of(*METHODS),
-        schedule=one_of("linear", "cosine", "flow"), shift=between(0.001, 1000), spacing=one_of(*SPACINGS),
+        schedule=one_of("linear", "cosine", "flow"), shift=between(0.001, 1000),
+        spacing=one_of(*SPACINGS), guidance_interval=rising,
         prediction_type=one_of("epsilon", "sample", "v_prediction", "flow"),
+        time_mean=one_of(None), time_std=one_of(None),      # of other times, and of a weight
         time_distribution=one_of(*TIME_DISTRIBUTIONS), loss_weight=one_of(*LOSS_WEIGHTS),
         min_snr_gamma=above(0), variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(1),
         image_size=at_least(8),                             # leaves 2 pixels for the last of three levels
@@ -94,13 +97,15 @@ ALLOWED = {
         mode=one_of("grid", "class_grid", "progressive"), method=one_of(None, *METHODS),
         clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS), num_samples=at_least(1),
         class_label=at_least(0), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
-        guidance_scale=not_negative, spacing=one_of(None, *SPACINGS)),
+        guidance_scale=not_negative, spacing=one_of(None, *SPACINGS),
+        guidance_interval=rising),
     "ddpm_evaluate": dict(
         checkpoint=anything, config=anything, data_root=anything, device=anything,
         samples=ends_in(".npz"), output=ends_in(".json"), data=one_of("fashion_mnist", "sample"),
         method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS),
         num_samples=at_least(20), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
-        guidance_scale=not_negative, spacing=one_of(None, *SPACINGS)),
+        guidance_scale=not_negative, spacing=one_of(None, *SPACINGS),
+        guidance_interval=rising),
     "ddpm_check": dict(
         config=one_of(*PRESETS), data=anything, resize=between(8, 4096), data_root=anything, device=anything,
         precision=one_of(*PRECISIONS)),

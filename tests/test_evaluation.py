@@ -20,6 +20,7 @@ from ddpm_tutorial.metrics import (CLASSIFIER, ClassifierOutput, matched_subset,
 from ddpm_tutorial.run import evaluate
 from ddpm_tutorial.run.checkpoint import (PRETRAINED, CheckpointError, load_model, load_pretrained,
                                           save_weights)
+from ddpm_tutorial.likelihood import flow_bits
 from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from ddpm_tutorial.run.device import new_model
 
@@ -215,6 +216,9 @@ def test_evaluate_the_shipped_model(tmp_path, monkeypatch, capsys):
 def test_bits_per_dimension(tmp_path, monkeypatch, capsys):
     "With --bits_per_dim the bound and the value by the flow are stored and printed; the flow's is lower."
     monkeypatch.setattr(evaluate, "load_sample", lambda split: load_sample(split)[::2])
+    def in_few_steps(*args, num_inference_steps, **kwargs):
+        return flow_bits(*args, num_inference_steps=20, **kwargs)
+    monkeypatch.setattr(evaluate, "flow_bits", in_few_steps)
     assert command(*QUICK, "--bits_per_dim", "--output", tmp_path/"a.json") == 0
     bits, said = json.loads((tmp_path/"a.json").read_text())["bits_per_dim"], capsys.readouterr().out
     assert bits["num_images"] == 100 and bits["num_flow"] == 20

@@ -4,6 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from ddpm_tutorial.guidance import guided_by_weaker, scale_in_interval
+from ddpm_tutorial.run.config import Config, SamplingConfig
 from ddpm_tutorial.sampler import guided
 from ddpm_tutorial.scheduler import NoiseScheduler
 
@@ -40,14 +41,27 @@ def test_outside_the_interval_the_model_is_called_once():
     assert calls == [4, 8, 4]
 
 
-@pytest.mark.parametrize("interval", [(1., 1.), (2., 1.), (-1., 1.)])
+@pytest.mark.parametrize("interval", [(1., 1.), (2., 1.), (-1., 1.), (1., float("inf")), (), (1., 2., 3.)])
 def test_intervals_that_cannot_be(interval):
-    with pytest.raises(ValueError, match="interval must be two rising numbers from 0"):
+    with pytest.raises(ValueError, match="guidance_interval must be two rising, finite numbers from 0"):
         scale_in_interval(SCHEDULER, 2., interval)
+    with pytest.raises(ValueError, match="guidance_interval must be two rising"):
+        SamplingConfig(guidance_interval=interval)
+
+
+def test_an_interval_without_a_time():
+    "It is refused where the path is known, and the message names the levels that the path has."
+    with pytest.raises(ValueError, match=r"\(1000000.0, 10000000.0\) holds no time of this path, whose"):
+        scale_in_interval(SCHEDULER, 2., (1e6, 1e7))
+    with pytest.raises(ValueError, match="holds no time of this path"):
+        Config(sampling=SamplingConfig(guidance_interval=(1e6, 1e7)))
+    # without any signal at the end, the last time counts as if the levels went on
+    scale = scale_in_interval(NoiseScheduler.flow(100), 2., (0., 1e6))
+    assert (scale(torch.arange(100)) == 2).all()
 
 
 def test_the_whole_axis_is_plain_guidance():
-    scale = scale_in_interval(SCHEDULER, 2.5, (0., float("inf")))
+    scale = scale_in_interval(SCHEDULER, 2.5, (0., 1e9))
     t = torch.tensor([0, 30, 60, 99])
     found, plain = (guided(model, s, NULL)(X, t, labels=LABELS) for s in (scale, 2.5))
     assert torch.equal(found, plain)

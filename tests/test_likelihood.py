@@ -11,6 +11,8 @@ from ddpm_tutorial.data import load_sample, to_float, to_uint8
 from ddpm_tutorial.likelihood import (bound_term, flow_bits, flow_log_density, gaussian_kl, hybrid_objective,
                                       log_probability_of_pixels, split_prediction, step_variance,
                                       variational_bound)
+from ddpm_tutorial.objectives import ObjectiveConfig
+from ddpm_tutorial.run.config import Config
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.training import TrainConfig, diffusion_objective, new_state, random_generator, train_steps
 from ddpm_tutorial.unet import UNet, UNetConfig
@@ -197,3 +199,46 @@ def test_the_hybrid_loss():
         return variational_bound(partial(state.model, **kwargs), scheduler, data.images, generator=seeded(),
                                  labels=cond["labels"]).total.mean()
     assert bound(with_variance=True) < bound()
+
+
+def test_far_from_the_prediction():
+    """Many standard deviations away the probability is tiny, but right, and its gradient shows the way.
+
+    The reference is the integral by the midpoint rule, in logarithms.
+    """
+    image = torch.full((1, 1, 1, 1), 100, dtype=torch.uint8)
+    edges = torch.linspace(-1/255, 1/255, 20_001, dtype=torch.float64)
+    places = 100/127.5 - 1 + (edges[1:] + edges[:-1])/2
+    for distance, std in ((0.18, 0.02), (0.4, 0.02), (1.2, 0.03), (0.1, 1e-3)):
+        mean = torch.tensor(100/127.5 - 1 + distance, dtype=torch.float64).view(1, 1, 1, 1)
+        log_density = torch.distributions.Normal(mean.flatten(), std).log_prob(places)
+        expected = torch.logsumexp(log_density, dim=0) + math.log(2/255/20_000)
+        width = torch.tensor(std, dtype=torch.float64, requires_grad=True)
+        found = log_probability_of_pixels(image, mean, width)
+        assert_close(found.flatten()[0], expected, rtol=1e-4, atol=1e-4)
+        slope, = torch.autograd.grad(found.sum(), width)
+        assert slope > 0 and slope.isfinite()
+
+
+def test_what_cannot_be_measured():
+    scheduler, images = NoiseScheduler.cosine(20), load_sample().images[:2]
+    def model(x, t): return x*0
+    for number in (0, -3):
+        with pytest.raises(ValueError, match="num_times must be at least 1"):
+            variational_bound(model, scheduler, images, generator=seeded(), num_times=number)
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 2"):
+        flow_log_density(model, scheduler, to_float(images), generator=seeded(), num_inference_steps=1)
+    with pytest.raises(ValueError, match="build it with learned_variance=True"):
+        UNet(UNetConfig(base_channels=32, channel_multipliers=(1, 1)))(
+            to_float(images), torch.zeros(2), with_variance=True)
+    with pytest.raises(ValueError, match="leave time_distribution uniform"):
+        Config(model=UNetConfig(learned_variance=True), objective=ObjectiveConfig("lognormal"))
+
+
+def test_times_are_drawn_where_the_terms_are():
+    "Without signal at the end, few of the drawn times fall on the last one: the estimate stays narrow."
+    scheduler, images = NoiseScheduler.flow(200), load_sample().images[:40]
+    full, part = (variational_bound(lambda x, t: -x, scheduler, images, generator=seeded(),
+                                    num_times=number).diffusion for number in (None, 20))
+    assert (part - full).mean().abs() < 4*(part - full).std()/40**0.5
+    assert (part - full).std() < 0.5*full.mean()

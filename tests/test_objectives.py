@@ -138,8 +138,9 @@ def test_every_objective_trains(weight, times):
     (dict(time_mean=1.), "time_mean: uniform times have neither"),
     (dict(time_distribution="lognormal", time_std=0.), "time_std must be above 0"),
     (dict(time_distribution="logit_normal", time_mean=math.nan), "time_mean must be finite"),
-    (dict(min_snr_gamma=0.), "min_snr_gamma must be above 0"),
-    (dict(min_snr_gamma=math.inf), "min_snr_gamma must be above 0")])
+    (dict(min_snr_gamma=2.), "only the loss_weight min_snr has one"),
+    (dict(loss_weight="min_snr", min_snr_gamma=0.), "min_snr_gamma must be above 0"),
+    (dict(loss_weight="min_snr", min_snr_gamma=math.inf), "min_snr_gamma must be above 0")])
 def test_wrong_objectives(wrong, message):
     with pytest.raises(ValueError, match=message): ObjectiveConfig(**wrong)
 

@@ -85,9 +85,10 @@ class Network(torch.nn.Module):
         super().__init__()
         self.conv, self.out = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)
         self.embedding = torch.nn.Embedding(11, 4)
-    def forward(self, x, t, labels):
+    def forward(self, x, t, labels, with_variance=False): # a flag isn't shared out
         shift = self.embedding(labels)[:, :, None, None]*t[:, None, None, None]
-        return self.out((self.conv(x) + shift).sin())
+        h = self.out((self.conv(x) + shift).sin())
+        return torch.cat([h, h*h], dim=1) if with_variance else h
 def compare(rank, size):
     torch.manual_seed(0)
     network, worst = Network().double(), 0.
@@ -100,6 +101,8 @@ def compare(rank, size):
         worst = max(worst, ((whole - together).abs().max()/whole.abs().max()).item())
         with torch.no_grad(): one, several = network(*batch), shared(*batch[:2], labels=batch[2])
         assert torch.allclose(one, several, rtol=0, atol=1e-14)
+        with torch.no_grad(): both = shared(*batch[:2], labels=batch[2], with_variance=True)
+        assert torch.allclose(both, torch.cat([one, one*one], dim=1), rtol=0, atol=1e-14)
     (folder/f"worst_{rank}").write_text(str(worst))
     dist.destroy_process_group()
     os._exit(0)

@@ -20,7 +20,8 @@ def test_sampling_quality(tmp_path):
     said = run(*command, cwd=tmp_path)
     result = json.loads((tmp_path/"found.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    methods = {"real", "ddpm", "ddim", "dpm++", "dpm++ log_snr", "dpm++ whole stride"}
+    methods = {"real", "ddpm", "ddim", "dpm++", "heun", "dpm++ whole stride"}
+    methods |= {f"{method} {spacing}" for method in ("ddim", "dpm++") for spacing in ("log_snr", "karras")}
     assert rows.keys() == methods and result["num_samples"] == 40
     assert all(row["frechet_distance"] > 0 and 0 <= row["class_agreement"] <= 1 for row in rows.values())
     assert f"{rows['ddim']['frechet_distance']:.4f}" in said
@@ -37,7 +38,7 @@ def test_ablation(tmp_path):
     The raw weights are those of the recipe's run.
     """
     said = run("ablation.py", "--quick", cwd=tmp_path)
-    folder = tmp_path/"outputs"/"ablation"
+    folder = tmp_path/"outputs"/"ablation_quick"
     recipe, batches, raw = json.loads((folder/"ablation.json").read_text())["rows"]
     settings = [json.loads((folder/name/"config.json").read_text())["train"] for name in ("0-0", "1-0")]
     different = {name for name in settings[0] if settings[0][name] != settings[1][name]}
@@ -46,3 +47,25 @@ def test_ablation(tmp_path):
     assert "raw weights" in raw["what"] and raw["validation_loss"] is None
     assert said.count("ddpm_tutorial.run.train ") == 2 and said.count("ddpm_tutorial.run.evaluate ") == 3
     assert recipe["validation_loss"] > 0 and 0 <= batches["class_agreement"] <= 1
+
+def test_guidance(tmp_path):
+    "Every way of guiding at every scale, beside real images; a second call measures nothing again."
+    command = ["guidance.py", "--quick", "--seeds", "1", "--output", "found.json"]
+    said = run(*command, cwd=tmp_path)
+    result = json.loads((tmp_path/"found.json").read_text())
+    ways = {row["way"] for row in result["rows"]}
+    assert {"everywhere", "rescaled", "away from an early checkpoint"} < ways and result["num_samples"] == 40
+    assert len(result["rows"]) == len({(row["way"], row["scale"]) for row in result["rows"]})
+    assert 0 < result["real"]["frechet_distance"] and said.count("seed 0") == len(result["rows"])
+    assert "seed 0" not in run(*command, cwd=tmp_path)
+
+def test_likelihood(tmp_path):
+    "Bound, flow, coders and the learned variance, with means and standard errors."
+    run("likelihood.py", "--quick", "--output", "found.json", cwd=tmp_path)
+    found = json.loads((tmp_path/"found.json").read_text())
+    for name in ("bound", "bound_of_flow_images", "bound_8_times_finer", "bound_with_learned_variance"):
+        parts = found[name]
+        total = sum(parts[part][0] for part in ("prior", "diffusion", "reconstruction"))
+        assert abs(parts["total"][0] - total) < 1e-6 and 1 < total < 8 and parts["total"][1] > 0
+    assert all(3 < bits < 8 for bits in found["coders"].values())
+    assert 0 < found["label_bits"] < 0.01 and found["num_images"] == 20

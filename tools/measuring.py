@@ -1,4 +1,4 @@
-"What results.py and sampling_quality.py share: both measure samples of `small` for several seeds."
+"What the scripts share that measure samples of `small` for several seeds."
 import argparse
 from pathlib import Path
 

@@ -1,18 +1,18 @@
 """How good are the samples of the trained `small`, by method and number of steps, for several seeds? This is
-the figure of lesson 08.
+the figure of lessons 08 and 25.
 
-usage: python tools/sampling_quality.py [--seeds 3] [--num_samples 1000] [--data_root DIR] [--output FILE]
-                                        [--docs] [--quick]
+usage: python tools/sampling_quality.py [--seeds 3] [--steps N] [--num_samples 1000] [--data_root DIR]
+                                        [--output FILE] [--docs] [--quick]
 
 Takes about two hours on two cores. Each result is written at once. If the script is stopped, call it again
-and it continues where it ended. Seeds differ in the noise of the samples and in the choice of the real images
-beside them. --docs writes nbs/sampling_quality.json. --quick draws a few images with few steps and compares
-them with the bundled data: it shows that the script works, but its figures mean nothing.
+and it continues where it ended. --steps measures only this number of steps. Seeds differ in the noise of the
+samples and in the choice of the real images beside them. --docs writes nbs/sampling_quality.json. --quick
+draws a few images with few steps and compares them with the bundled data: it shows that the script works, but
+its figures mean nothing.
 """
 import json
 import time
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import torch
@@ -22,13 +22,15 @@ from ddpm_tutorial.fast_sampling import dpm_solver_steps
 from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classifier, matched_subset
 from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
-from ddpm_tutorial.scheduler import NoiseScheduler
+from ddpm_tutorial.scheduler import SPACINGS, NoiseScheduler
 from ddpm_tutorial.solvers import METHODS
 from measuring import draw, in_short, parse_arguments, real_images
 
+# a word after the method is the spacing of its times, if it is not "time"
 STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
          "ddpm": (500, 10, 20, 50, 100),    # the slowest first: are so many steps needed?
-         "dpm++ log_snr": (15, 10, 20, 30), "dpm++ whole stride": (15,)}
+         "dpm++ log_snr": (15, 10, 20, 30), "dpm++ whole stride": (15,),
+         "dpm++ karras": (10,), "ddim log_snr": (10,), "ddim karras": (10,), "heun": (10,)}
 
 class WholeStride(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."
@@ -40,9 +42,13 @@ def whole_stride_steps(model, scheduler, *args, **kwargs):
     whole = WholeStride(scheduler.signal, scheduler.sigma, prediction_type=scheduler.prediction_type)
     return dpm_solver_steps(model, whole, *args, **kwargs)
 
-# these two are measured here only, and the commands do not know them
-METHODS["dpm++ log_snr"] = partial(dpm_solver_steps, spacing="log_snr")
-METHODS["dpm++ whole stride"] = whole_stride_steps
+METHODS["dpm++ whole stride"] = whole_stride_steps # measured here only: the commands do not know it
+
+def sampling_settings(sampling, method, steps):
+    "The settings of sampling for one of the names above."
+    name, _, spacing = method.partition(" ")
+    if spacing not in SPACINGS: name, spacing = method, "time"
+    return replace(sampling, method=name, spacing=spacing, num_inference_steps=steps)
 
 def summary(rows, method, steps, name="frechet_distance"):
     "Mean over the seeds, and its standard error."
@@ -71,7 +77,8 @@ def print_summary(result, pairs, seeds):
         print(f"{method:18}{steps:5} steps: Fréchet distance {mean:.4f} ± {error:.4f}")
 
 def main():
-    args = parse_arguments(__doc__, "sampling_quality.json", quick_samples=40)
+    args = parse_arguments(__doc__, "sampling_quality.json", 40,
+                           lambda parser: parser.add_argument("--steps", type=int, default=None))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     reference, fresh = real_images(args)
     (model, config), classifier = load_pretrained("small"), load_classifier()
@@ -82,6 +89,7 @@ def main():
                     clip_sample=config.sampling.clip_sample, num_samples=args.num_samples,
                     num_reference=len(reference), precision=precision)
     result, pairs = load_result(args.output, settings), methods_and_steps(args.quick)
+    if args.steps: pairs = [pair for pair in pairs if pair[1] == args.steps]
 
     for (method, steps), seed in product([("real", 0), *pairs], range(args.seeds)):
         measured = [(row["method"], row["steps"], row["seed"]) for row in result["rows"]]
@@ -89,7 +97,7 @@ def main():
         start = time.perf_counter()
         if method == "real": images = matched_subset(fresh, labels, seed)
         else:
-            sampling = replace(config.sampling, method=method, num_inference_steps=steps)
+            sampling = sampling_settings(config.sampling, method, steps)
             images = draw(model, replace(config, sampling=sampling), labels, seed, precision)
         seconds = time.perf_counter() - start
         row = dict(method=method, steps=steps, seed=seed, seconds=seconds,

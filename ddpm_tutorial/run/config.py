@@ -17,9 +17,10 @@ import tyro
 
 from ..data import CLASSES
 from ..solvers import DEFAULT_STEPS, METHODS
+from ..guidance import check_interval, scale_in_interval
 from ..likelihood import hybrid_objective
 from ..objectives import ObjectiveConfig
-from ..scheduler import SPACINGS, SchedulerConfig
+from ..scheduler import SPACINGS, NoiseScheduler, SchedulerConfig
 from ..training import TrainConfig, diffusion_objective
 from ..unet import UNetConfig
 
@@ -31,6 +32,7 @@ class ConfigError(Exception):
 class SamplingConfig:
     "How samples are drawn. Raises `ValueError` for settings that cannot work."
     guidance_scale: float=3.0               # 0 unconditional, 1 conditional, above 1 exaggerated
+    guidance_interval: tuple[float, float]|None=None # only at these noise levels, sigma/signal; default: all
     method: Literal[tuple(METHODS)]="dpm++" # how the samples are drawn
     num_inference_steps: int|None=None      # at most num_steps; default: dpm++ 30, heun 18, ddim 50, ddpm all
     spacing: Literal[SPACINGS]="time"       # which times are visited: evenly spread in what
@@ -39,8 +41,16 @@ class SamplingConfig:
     def __post_init__(self):
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be at least 0 and finite, not {self.guidance_scale}")
+        if self.guidance_interval is not None: check_interval(self.guidance_interval)
+        for name, known in (("method", METHODS), ("spacing", SPACINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {list(known)}, not {getattr(self, name)!r}")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, not {self.num_inference_steps}")
+
+    def scale(self, scheduler: NoiseScheduler) -> float|Callable: # for `guided`
+        if self.guidance_interval is None: return self.guidance_scale
+        return scale_in_interval(scheduler, self.guidance_scale, self.guidance_interval)
 
 @dataclass(frozen=True)
 class Config:
@@ -59,6 +69,10 @@ class Config:
         steps, most = self.sampling.num_inference_steps, self.scheduler.num_steps
         if steps is not None and steps > most:
             raise ValueError(f"num_inference_steps must be in 1 ... {most} (num_steps), not {steps}")
+        self.sampling.scale(self.scheduler.build()) # raises `ValueError` for an interval without a time
+        if self.model.learned_variance and self.objective.time_distribution != "uniform":
+            raise ValueError("learned_variance is trained by the bound, which counts all times alike: "
+                             "leave time_distribution uniform")
         if self.resize is not None and not 8 <= self.resize <= 4096:
             raise ValueError(f"resize must be in 8 ... 4096, not {self.resize}")
 
@@ -73,13 +87,12 @@ class Config:
 
 # %% ../../nbs/10_config.ipynb #2432ff24
 def _with_tuples(value, default, name):
-    "JSON has no tuples: a list becomes a tuple where the default is one. Raises `ValueError`."
+    "JSON has no tuples: every list becomes one. Raises `ValueError` where a list is needed."
     if isinstance(value, dict) and isinstance(default, dict):
         return {key: _with_tuples(part, default.get(key), f"{name}.{key}") for key, part in value.items()}
-    if not isinstance(default, tuple): return value
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name.removeprefix('.')} must be a list, not {value!r}")
-    return tuple(value)
+    if isinstance(value, (list, tuple)): return tuple(value)
+    if isinstance(default, tuple): raise ValueError(f"{name.removeprefix('.')} must be a list, not {value!r}")
+    return value
 
 def _with_sampling(values):
     "Puts the fields of `sampling`, which stood beside the other parts until version 0.7, into their own."

@@ -175,12 +175,12 @@ def sampling_steps(
     precision: str="fp32"       # "fp32" or "bf16" (autocast)
 ) -> Iterator[Step]:
     "The steps of the sampler from noise to images, with all settings taken from the configuration."
-    how, device = config.sampling, next(model.parameters()).device
+    how, scheduler, device = config.sampling, config.scheduler.build(), next(model.parameters()).device
     # autocast around the call alone: it must be off while the caller looks at a step
     def denoiser(x, t, **cond):
         with autocast_to(precision, device): return model(x, t, **cond)
-    if model.null_cond: denoiser = guided(denoiser, how.guidance_scale, model.null_cond)
+    if model.null_cond: denoiser = guided(denoiser, how.scale(scheduler), model.null_cond)
     shape = (num_samples, *config.image_shape)
-    return METHODS[how.method](denoiser, config.scheduler.build(), shape, generator=generator,
+    return METHODS[how.method](denoiser, scheduler, shape, generator=generator,
                                num_inference_steps=config.inference_steps, spacing=how.spacing,
                                clip_sample=how.clip_sample, device=device, **cond)

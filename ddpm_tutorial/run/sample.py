@@ -40,6 +40,7 @@ class DrawOptions:
     checkpoint: Path|None=None         # e.g. best_model.pth; default: the trained `small` of the package
     config: Path|None=None             # config.json of the run; must agree with the one in the checkpoint
     guidance_scale: float|None=None    # 0 unconditional, 1 conditional, more exaggerates; default: as trained
+    guidance_interval: tuple[float, float]|None=None # guide at these noise levels only; default: as trained
     num_inference_steps: int|None=None # fewer are faster; default: as trained, or that of another method
     method: Literal[tuple(METHODS)]|None=None # default: as trained
     spacing: Literal[SPACINGS]|None=None # of the times that are visited; default: as trained
@@ -199,8 +200,9 @@ def model_to_draw(
     model, config = load_model(path, use_ema=options.use_ema, device=device)
     if options.config: check_config(options.config, config)
     changes, trained = options.sampling_changes, config.sampling
-    if "guidance_scale" in changes and not config.classes:
-        raise ConfigError("guidance_scale: this model knows no classes, leave it out")
+    for name in ("guidance_scale", "guidance_interval"):
+        if name in changes and not config.classes:
+            raise ConfigError(f"{name}: this model knows no classes, leave it out")
     if changes.get("method", trained.method) != trained.method: # each method has its own number of steps
         changes = {"num_inference_steps": None, **changes}
     try: return model, replace(config, sampling=replace(trained, **changes))
@@ -214,7 +216,9 @@ def describe_sampling(
     how, name = config.sampling, options.checkpoint.name if options.checkpoint else "the trained small"
     parts = [name, how.method, f"{config.inference_steps} steps"]
     if config.classes: parts.append(f"guidance {how.guidance_scale:g}")
-    if how.spacing != "time": parts.append(f"times even in {how.spacing}")
+    if config.classes and how.guidance_interval:
+        parts.append("at noise levels from {:g} to {:g}".format(*how.guidance_interval))
+    if how.spacing != "time": parts.append(f"spacing {how.spacing}")
     if not how.clip_sample: parts.append("not clipped")
     weights = "averaged weights" if options.use_ema else "raw weights"
     return ", ".join([*parts, weights, f"seed {options.seed}"])
