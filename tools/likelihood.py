@@ -118,12 +118,10 @@ def main():
 
     keep("bound", bound_of(model, scheduler, test, times))
     generator = random_generator(1)
-    def by_flow(images, labels, steps=flow_steps):
-        return flow_bits(model, scheduler, images, generator=generator, num_inference_steps=steps,
+    def by_flow(images, labels):
+        return flow_bits(model, scheduler, images, generator=generator, num_inference_steps=flow_steps,
                          spacing="log_snr", labels=labels)
     keep("flow", mean_and_error(in_batches(by_flow, flow_data)))
-    fine = in_batches(partial(by_flow, steps=2*flow_steps), flow_data[:50])
-    keep("flow_2_times_finer_minus_flow", mean_and_error(fine - in_batches(by_flow, flow_data[:50])))
     keep("bound_of_flow_images", bound_of(model, scheduler, flow_data, 3*times))
     keep("bound_8_times_finer", bound_of(*finer(model, scheduler, 8), flow_data, 3*times))
     learned = learn_variance(model, config, train, 2 if args.quick else None)
