@@ -118,7 +118,7 @@ def denoise_steps(
     def draw(): return torch.randn(shape, generator=generator).to(device)
     def nothing(): return torch.zeros(shape, device=device)
     x = initial_noise(noise, shape, draw).to(device)
-    for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero, spacing):
+    for t, prev_t in scheduler.timesteps(num_inference_steps, skip_zero=skip_zero, spacing=spacing):
         times, prev_times = torch.full(shape[:1], t), torch.full(shape[:1], prev_t)
         x0 = predict_x0(model, scheduler, x, times, clip_sample, cond)
         x = update(x, x0, times, prev_times, draw if prev_t >= 0 else nothing)

@@ -230,7 +230,7 @@ def closed_form(betas, z, mean, std, t):
 
 class EqualStrides(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."
-    def timesteps(self, num_inference_steps, *options):
+    def timesteps(self, num_inference_steps, **options):
         *pairs, (t, _), _ = super().timesteps(num_inference_steps + 1)
         return [*pairs, (t, -1)]
 

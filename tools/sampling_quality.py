@@ -34,7 +34,7 @@ STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
 
 class WholeStride(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."
-    def timesteps(self, n, *options):
+    def timesteps(self, n, **options):
         *pairs, (t, _), _ = super().timesteps(n + 1)
         return [*pairs, (t, -1)]
 
