@@ -83,7 +83,7 @@ ALLOWED = {
         prediction_type=one_of("epsilon", "sample", "v_prediction", "flow"),
         time_mean=one_of(None), time_std=one_of(None),      # of other times, and of a weight
         time_distribution=one_of(*TIME_DISTRIBUTIONS), loss_weight=one_of(*LOSS_WEIGHTS),
-        min_snr_gamma=above(0), variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(1),
+        min_snr_gamma=one_of(None), variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(1),
         image_size=at_least(8),                             # leaves 2 pixels for the last of three levels
         patch_size=one_of(1, 2, 4),                         # divides 28, and leaves as many
         in_channels=at_least(1), num_classes=at_least(0), num_res_blocks=at_least(1),
