@@ -246,6 +246,14 @@ class NoisePath:
         variance = added if self.variance_type == "fixed_large" else added*sigma_prev**2/sigma**2
         return mean, variance.to(x0)
 
+    def on_line(self,
+        t: Tensor,   # (B,)
+        like: Tensor # images (B, ...)
+    ) -> tuple[Tensor, Tensor]: # scale and u, float64 on the CPU, each (B, 1, ...)
+        "Every path seen as the straight one: `x_t/scale = (1 - u) x0 + u noise`; scale is `signal + sigma`."
+        signal, sigma = self.factors(t, like)
+        return signal + sigma, sigma/(signal + sigma)
+
     @cached_property
     def log_snr(self) -> Tensor: # float64 (T,)
         "Of all times, and finite: a last time without signal counts as if the log-SNR went on evenly."

@@ -32,10 +32,6 @@ def heun_steps(
     """Heun's method: the mean of the slopes at both ends of Euler's step
     ([2206.00364](https://arxiv.org/abs/2206.00364), algorithm 1). It serves every path, since
     `x/(signal + sigma)` always runs along the straight line."""
-    def on_line(t, x): # brightness, and the share of the noise
-        signal, sigma = scheduler.factors(t, x)
-        return signal + sigma, sigma/(signal + sigma)
-
     def update(x, x0, t, prev_t, draw):
         if (prev_t < 0).all(): return x0
         noise = scheduler.implied_noise(x0, x, t)
@@ -43,7 +39,7 @@ def heun_steps(
         x0_there = predict_x0(model, scheduler, euler, prev_t, clip_sample, cond)
         noise_there = scheduler.implied_noise(x0_there, euler, prev_t)
         velocity = (noise - x0 + noise_there - x0_there)/2
-        (scale, u), (prev_scale, prev_u) = on_line(t, x), on_line(prev_t, x)
+        (scale, u), (prev_scale, prev_u) = scheduler.on_line(t, x), scheduler.on_line(prev_t, x)
         return (prev_scale/scale).to(x)*x + (prev_scale*(prev_u - u)).to(x)*velocity
     return denoise_steps(update, model, scheduler, shape, generator=generator, noise=noise, device=device,
                          num_inference_steps=num_inference_steps, clip_sample=clip_sample, spacing=spacing,

@@ -11,22 +11,20 @@ the bundled images: it shows that the script works, but its figures mean nothing
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ddpm_tutorial.data import CLASSES, PIXELS, ImageData
+from ddpm_tutorial.data import CLASSES
 from ddpm_tutorial.guidance import guided_by_weaker, scale_in_interval
-from ddpm_tutorial.metrics import (class_agreement, density_and_coverage, extract_features, frechet_distance,
-                                   load_classifier, matched_subset)
+from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classifier, matched_subset
 from ddpm_tutorial.run.checkpoint import load_model, load_pretrained
 from ddpm_tutorial.run.device import choose_precision
-from ddpm_tutorial.sampler import guided, sample
-from ddpm_tutorial.solvers import METHODS
-from ddpm_tutorial.training import Stream, autocast_to, random_generator
-from measuring import in_short, parse_arguments, real_images
+from ddpm_tutorial.sampler import guided
+from measuring import draw, in_short, load_result, parse_arguments, real_images
 
-CASES = {"everywhere": (1., 1.3, 1.6, 2., 3.), "levels 0.3 to 3": (1.6, 2., 3.),
+CASES = {"everywhere": (1., 1.3, 1.6, 2., 3., 5.), "levels 0.3 to 3": (1.6, 2., 3.),
          "levels 0.3 to 10": (1.6, 2., 3.), "away from an early checkpoint": (1.5, 2., 3.),
          "rescaled": (3.,)}
 REPEATED = {("everywhere", 1.3), ("levels 0.3 to 3", 2.)} # for all seeds: the best of the first two ways
@@ -61,60 +59,40 @@ def guide(way, scale, model, early, scheduler):
         return guided(model, scale_in_interval(scheduler, scale, (float(low), float(high))), null)
     return guided_by_weaker(model, early, scale)
 
-def draw(model, config, labels, seed, precision, quick):
-    "Samples of a model that is guided already, with the labels that were asked for."
-    generator, images = random_generator(seed, Stream.SAMPLES), []
-    def cast(x, t, **cond):
-        with autocast_to(precision, x.device): return model(x, t, **cond)
-    for part in labels.split(250):
-        x = sample(cast, config.scheduler.build(), (len(part), *config.image_shape), generator=generator,
-                   method=METHODS[config.sampling.method], labels=part, spacing=config.sampling.spacing,
-                   clip_sample=config.sampling.clip_sample,
-                   num_inference_steps=2 if quick else config.inference_steps)
-        images.append(PIXELS.decode(x))
-    return ImageData(torch.cat(images), labels, CLASSES)
+class Guided(torch.nn.Module):
+    "A guided model as `draw` takes it: with weights, and with nothing left to guide."
+    null_cond = {}
 
-def stored_rows(path, settings):
-    "What was measured before, with the same settings."
-    if not path.exists(): return []
-    stored = json.loads(path.read_text())
-    if {name: stored.get(name) for name in settings} != settings:
-        sys.exit(f"{path} was measured with other settings; name another --output")
-    return stored["rows"]
+    def __init__(self, model, guided_model):
+        super().__init__()
+        self.model, self.guided_model = model, guided_model
 
-def measure(images, reference_features, classifier):
-    "The three metrics. Coverage is measured against as many real images."
-    output = extract_features(images.images, classifier)
-    order = torch.randperm(len(reference_features), generator=random_generator(0, Stream.COVERAGE))
-    _, coverage = density_and_coverage(reference_features[order[:len(images)]], output.features)
-    return dict(class_agreement=class_agreement(output, images.labels)[0],
-                frechet_distance=frechet_distance(reference_features, output.features), coverage=coverage)
+    def forward(self, x, t, **cond): return self.guided_model(x, t, **cond)
 
 def main():
     args = parse_arguments(__doc__, "guidance.json", 40,
                            lambda parser: parser.add_argument("--early", type=Path))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     reference, fresh = real_images(args)
     classifier = load_classifier()
-    reference_features = extract_features(reference.images, classifier).features
+    seen = extract_features(reference.images, classifier)
     model, config = load_pretrained("small")
+    if args.quick: config = replace(config, sampling=replace(config.sampling, num_inference_steps=2))
     early, _ = load_model(early_checkpoint(args))
     labels = torch.arange(args.num_samples) % len(CLASSES)
-    precision = choose_precision("auto", torch.device("cpu"))
-    scheduler = config.scheduler.build()
-    settings = dict(num_samples=args.num_samples, method=config.sampling.method, steps=config.inference_steps,
-                    precision=precision)
-    rows = stored_rows(args.output, settings)
-    known = {(row["way"], row["scale"], row["seed"]) for row in rows}
-    real = measure(matched_subset(fresh, labels), reference_features, classifier)
+    precision, scheduler = choose_precision("auto", torch.device("cpu")), config.scheduler.build()
+    result = load_result(args.output, dict(num_samples=args.num_samples, method=config.sampling.method,
+                                           steps=config.inference_steps, precision=precision))
+    result["real"] = compute_metrics(matched_subset(fresh, labels), reference, seen, classifier)
+    known = {(row["way"], row["scale"], row["seed"]) for row in result["rows"]}
     for seed in range(args.seeds):
         for way, scale in ((way, scale) for way, scales in CASES.items() for scale in scales):
             if (way, scale, seed) in known or seed and (way, scale) not in REPEATED: continue
-            guided_model = guide(way, scale, model, early, scheduler)
-            drawn = draw(guided_model, config, labels, seed, precision, args.quick)
-            metrics = measure(drawn, reference_features, classifier)
-            rows.append(dict(way=way, scale=scale, seed=seed, **metrics))
-            print(f"seed {seed}, {way}, scale {scale:g}: {in_short(rows[-1])}", flush=True)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(dict(**settings, real=real, rows=rows), indent=1) + "\n")
+            guided_model = Guided(model, guide(way, scale, model, early, scheduler))
+            images = draw(guided_model, config, labels, seed, precision)
+            metrics = compute_metrics(images, reference, seen, classifier)
+            result["rows"].append(dict(way=way, scale=scale, seed=seed, **metrics))
+            print(f"seed {seed}, {way}, scale {scale:g}: {in_short(metrics)}", flush=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 if __name__ == "__main__": main()

@@ -1,5 +1,6 @@
 "What the scripts share that measure samples of `small` for several seeds."
 import argparse
+import json
 from pathlib import Path
 
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
@@ -26,6 +27,13 @@ def real_images(args):
     "Training images, and test images."
     if args.quick: return load_sample("train"), load_sample("test")
     return load_fashion_mnist(args.data_root, "train"), load_fashion_mnist(args.data_root, "test")
+
+def load_result(output, settings):
+    "What an earlier call has measured with the same settings."
+    result = json.loads(output.read_text()) if output.exists() else {**settings, "rows": []}
+    if {name: result[name] for name in settings} != settings:
+        raise SystemExit(f"{output} was measured with other settings: move it away")
+    return result
 
 def draw(model, config, labels, seed, precision):
     "Samples, with the labels that were asked for."

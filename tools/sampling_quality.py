@@ -24,7 +24,7 @@ from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
 from ddpm_tutorial.scheduler import SPACINGS, NoiseScheduler
 from ddpm_tutorial.solvers import METHODS
-from measuring import draw, in_short, parse_arguments, real_images
+from measuring import draw, in_short, load_result, parse_arguments, real_images
 
 # a word after the method is the spacing of its times, if it is not "time"
 STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
@@ -55,13 +55,6 @@ def summary(rows, method, steps, name="frechet_distance"):
     found = [row[name] for row in rows if (row["method"], row["steps"]) == (method, steps)]
     found = torch.tensor(found, dtype=torch.float64)
     return found.mean().item(), (found.std()/len(found)**0.5).item()
-
-def load_result(output, settings):
-    "What an earlier call has measured with the same settings."
-    result = json.loads(output.read_text()) if output.exists() else {**settings, "rows": []}
-    if {name: result[name] for name in settings} != settings:
-        raise SystemExit(f"{output} was measured with other settings: move it away")
-    return result
 
 def methods_and_steps(quick):
     "Every method with its numbers of steps, the first of each method before the others."

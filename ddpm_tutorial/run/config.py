@@ -69,7 +69,8 @@ class Config:
         steps, most = self.sampling.num_inference_steps, self.scheduler.num_steps
         if steps is not None and steps > most:
             raise ValueError(f"num_inference_steps must be in 1 ... {most} (num_steps), not {steps}")
-        self.sampling.scale(self.scheduler.build()) # raises `ValueError` for an interval without a time
+        if self.sampling.guidance_interval is not None: # an interval without a time is refused
+            self.sampling.scale(self.scheduler.build())
         if self.model.learned_variance and self.objective.time_distribution != "uniform":
             raise ValueError("learned_variance is trained by the bound, which counts all times alike: "
                              "leave time_distribution uniform")
