@@ -269,7 +269,7 @@ class NoisePath:
         return (signal/sigma)**2
 
 # %% ../nbs/05_scheduler.ipynb #05-log-snr
-SPACINGS = ("time", "log_snr", "karras")
+SPACINGS = ("time", "trailing", "log_snr", "karras")
 
 def _spread_log_snr(spacing: str, first: float, last: float, n: int) -> Tensor: # float64 (n,): first to last
     if spacing == "log_snr": return torch.linspace(first, last, n, dtype=torch.float64)
@@ -337,11 +337,12 @@ class NoiseScheduler(NoisePath):
     ) -> list[tuple[int, int]]: # pairs (t, previous t), from (T-1, ...) down to (..., -1)
         """The times that a sampler visits: the first is noise, the last leads to clean data.
 
-        Even in "time"; even in the logarithm of the SNR ("log_snr"); or even in the seventh root of noise
-        over signal ("karras", [2206.00364](https://arxiv.org/abs/2206.00364), eq. 5 with rho 7). The last two
-        take the nearest times, and no time twice: the second of two takes the next lower one, or at the clean
-        end the first the next higher one. Raises `ValueError` for a wrong number of steps
-        and for an unknown spacing."""
+        Even in "time"; even in time with a last stride, to clean data, as long as the others ("trailing",
+        [2305.08891](https://arxiv.org/abs/2305.08891), table 2); even in the logarithm of the SNR
+        ("log_snr"); or even in the seventh root of noise over signal ("karras",
+        [2206.00364](https://arxiv.org/abs/2206.00364), eq. 5 with rho 7). The last two take the nearest
+        times, and no time twice: the second of two takes the next lower one, or at the clean end the first
+        the next higher one. Raises `ValueError` for a wrong number of steps and for an unknown spacing."""
         n = len(self) if num_inference_steps is None else num_inference_steps
         if not 1 <= n <= len(self):
             raise ValueError(f"num_inference_steps must be in 1 ... {len(self)}, not {n}")
@@ -349,6 +350,7 @@ class NoiseScheduler(NoisePath):
         if spacing not in SPACINGS: raise ValueError(f"spacing must be one of {SPACINGS}, not {spacing!r}")
         if spacing == "time":
             times = torch.linspace(len(self) - 1, last, n, dtype=torch.float64).round().long()
+        elif spacing == "trailing": times = torch.arange(n, 0, -1)*len(self)//n - 1
         else:
             wanted = _spread_log_snr(spacing, self.log_snr[-1].item(), self.log_snr[last].item(), n)
             times = _nearest_times(wanted, self.log_snr, last)

@@ -36,7 +36,7 @@ WORK = {train: ("load_data", "load_checkpoint", "load_latest", "check_folder", "
         check: ("load_data", "load_fashion_mnist", "save_checkpoint", "load_model")}
 quiet = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
-def leaves(cls, hidden=("image_shape", "classes")):
+def leaves(cls, hidden=("image_shape", "classes", "student_steps")):
     "(name, type, default) of every field that is an option, including the nested ones."
     hints = typing.get_type_hints(cls)
     for field in fields(cls):

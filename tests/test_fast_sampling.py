@@ -202,6 +202,25 @@ def test_karras_times(n):
     assert all(abs(t - near) <= 1 for t, near in zip(times, nearest) if 20 < near < 950)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 50, 1000])
+def test_trailing_times_against_diffusers(n):
+    "Also: all strides are alike, the last one to clean data, and half as many steps visit every other time."
+    theirs = peers.DDIMScheduler(1000, timestep_spacing="trailing")
+    theirs.set_timesteps(n)
+    pairs = NoiseScheduler.cosine(1000).timesteps(n, spacing="trailing")
+    assert [t for t, _ in pairs] == theirs.timesteps.tolist()
+    assert {t - prev for t, prev in pairs} == {1000//n} and pairs[-1][1] == -1
+
+
+@pytest.mark.parametrize("T", [7, 500])
+def test_trailing_times_of_half_as_many_steps(T):
+    "Also where the strides aren't whole: the longer list holds the shorter one."
+    scheduler = NoiseScheduler.cosine(T)
+    for n in (1, 2, 3):
+        short, long = ([t for t, _ in scheduler.timesteps(k*n, spacing="trailing")] for k in (1, 2))
+        assert long[::2] == short and short[0] == T - 1 and len(set(long)) == 2*n
+
+
 def test_an_unknown_spacing():
     with pytest.raises(ValueError, match="spacing must be one of .*, not 'logSNR'"):
         NoiseScheduler.cosine(T).timesteps(5, spacing="logSNR")

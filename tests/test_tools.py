@@ -22,6 +22,7 @@ def test_sampling_quality(tmp_path):
     rows = {row["method"]: row for row in result["rows"]}
     methods = {"real", "ddpm", "ddim", "dpm++", "heun", "dpm++ whole stride"}
     methods |= {f"{method} {spacing}" for method in ("ddim", "dpm++") for spacing in ("log_snr", "karras")}
+    methods.add("ddim trailing")
     assert rows.keys() == methods and result["num_samples"] == 40
     assert all(row["frechet_distance"] > 0 and 0 <= row["class_agreement"] <= 1 for row in rows.values())
     assert f"{rows['ddim']['frechet_distance']:.4f}" in said

@@ -1,5 +1,5 @@
 """How good are the samples of the trained `small`, by method and number of steps, for several seeds? This is
-the figure of lessons 08 and 25.
+the figure of lessons 08, 25 and 27.
 
 usage: python tools/sampling_quality.py [--seeds 3] [--steps N] [--num_samples 1000] [--data_root DIR]
                                         [--output FILE] [--docs] [--quick]
@@ -30,7 +30,8 @@ from measuring import draw, in_short, load_result, parse_arguments, real_images
 STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
          "ddpm": (500, 10, 20, 50, 100),    # the slowest first: are so many steps needed?
          "dpm++ log_snr": (15, 10, 20, 30), "dpm++ whole stride": (15,),
-         "dpm++ karras": (10,), "ddim log_snr": (10,), "ddim karras": (10,), "heun": (10,)}
+         "dpm++ karras": (10,), "ddim log_snr": (10,), "ddim karras": (10,), "ddim trailing": (10, 5),
+         "heun": (10, 5)}
 
 class WholeStride(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."

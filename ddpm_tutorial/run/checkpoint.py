@@ -211,7 +211,8 @@ def load_model(
     return model.eval().requires_grad_(False), checkpoint["config"]
 
 # %% ../../nbs/11_checkpoint.ipynb #0bbfa5fe
-PRETRAINED = {name: files("ddpm_tutorial")/"assets"/f"{name}.safetensors" for name in ("small",)}
+PRETRAINED = {name: files("ddpm_tutorial")/"assets"/f"{name}.safetensors"
+              for name in ("small", "small_few")} # the second draws in four steps (lesson 27)
 
 def load_pretrained(
     name: str="small",      # a name in `PRETRAINED`

@@ -52,6 +52,18 @@ class SamplingConfig:
         if self.guidance_interval is None: return self.guidance_scale
         return scale_in_interval(scheduler, self.guidance_scale, self.guidance_interval)
 
+def _check_student(steps: int, sampling: SamplingConfig):
+    "Raises `ValueError` for settings that a distilled network was not trained for."
+    fixed = dict(method="ddim", spacing="trailing", guidance_scale=1., guidance_interval=None)
+    wrong = [f"{name}={getattr(sampling, name)!r}" for name, value in fixed.items()
+             if getattr(sampling, name) != value]
+    asked = sampling.num_inference_steps
+    if asked is None or steps % asked: wrong.append(f"num_inference_steps={asked}")
+    if wrong:
+        raise ValueError(f"this network is a student that was distilled for {steps} steps of ddim with "
+                         f"trailing times; its guidance is inside, and the steps must divide {steps}. "
+                         f"It cannot take {', '.join(wrong)}")
+
 @dataclass(frozen=True)
 class Config:
     "Everything that decides a model, its training and its samples. Raises `ValueError` for what cannot work."
@@ -64,11 +76,13 @@ class Config:
     resize: int|None=None     # for your own images: scale the shorter side to this, then cut a square
     image_shape: tyro.conf.Suppress[tuple[int, int, int]]=(1, 28, 28) # (C, H, W), read off the data
     classes: tyro.conf.Suppress[tuple[str, ...]]=CLASSES              # names, read off the data
+    student_steps: tyro.conf.Suppress[int|None]=None # of a distilled network: it knows their times only
 
     def __post_init__(self):
         steps, most = self.sampling.num_inference_steps, self.scheduler.num_steps
         if steps is not None and steps > most:
             raise ValueError(f"num_inference_steps must be in 1 ... {most} (num_steps), not {steps}")
+        if self.student_steps is not None: _check_student(self.student_steps, self.sampling)
         if self.sampling.guidance_interval is not None: # an interval without a time is refused
             self.sampling.scale(self.scheduler.build())
         if self.model.learned_variance and self.objective.time_distribution != "uniform":
@@ -137,7 +151,8 @@ TINY = Config(
     model=UNetConfig(base_channels=64, channel_multipliers=(1, 1), patch_size=2, mirrored=False,
                      attention_resolutions=(7,), num_groups=4),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=200, prediction_type="v_prediction"),
-    train=TrainConfig(epochs=2, max_steps=1500, batch_size=64, lr=2e-3, warmup_steps=50, lr_decay=True),
+    objective=ObjectiveConfig(time_distribution="lognormal"),
+    train=TrainConfig(epochs=2, max_steps=1800, batch_size=64, lr=2e-3, warmup_steps=50, lr_decay=True),
     sampling=SamplingConfig(guidance_scale=2.0))
 
 SMALL = Config(

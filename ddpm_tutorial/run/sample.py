@@ -37,7 +37,7 @@ from ..unet import UNet
 @dataclass(frozen=True)
 class DrawOptions:
     "Options of every command that draws samples."
-    checkpoint: Path|None=None         # e.g. best_model.pth; default: the trained `small` of the package
+    checkpoint: Path=Path("small")     # e.g. best_model.pth, or the name of a network of the package
     config: Path|None=None             # config.json of the run; must agree with the one in the checkpoint
     guidance_scale: float|None=None    # 0 unconditional, 1 conditional, more exaggerates; default: as trained
     guidance_interval: tuple[float, float]|None=None # guide at these noise levels only; default: as trained
@@ -193,10 +193,10 @@ def model_to_draw(
     device: torch.device
 ) -> tuple[UNet, Config]:
     "The model, and its configuration as changed by the options. Raises `ConfigError` or `CheckpointError`."
-    path = options.checkpoint or PRETRAINED["small"]
+    path = PRETRAINED.get(str(options.checkpoint), options.checkpoint)
     if not path.exists():
-        raise ConfigError(f"checkpoint {path} is not there; "
-                          "a run leaves its checkpoints in <output_dir>/checkpoints")
+        raise ConfigError(f"checkpoint {path} is not there; a run leaves its checkpoints in "
+                          f"<output_dir>/checkpoints, and the package has {', '.join(PRETRAINED)}")
     model, config = load_model(path, use_ema=options.use_ema, device=device)
     if options.config: check_config(options.config, config)
     changes, trained = options.sampling_changes, config.sampling
@@ -213,7 +213,8 @@ def describe_sampling(
     config: Config # of `model_to_draw`
 ) -> str:
     "Says in a few words how the samples are drawn."
-    how, name = config.sampling, options.checkpoint.name if options.checkpoint else "the trained small"
+    how, name = config.sampling, options.checkpoint.name
+    if str(options.checkpoint) in PRETRAINED: name = f"the trained {name}"
     parts = [name, how.method, f"{config.inference_steps} steps"]
     if config.classes: parts.append(f"guidance {how.guidance_scale:g}")
     if config.classes and how.guidance_interval:
@@ -224,10 +225,10 @@ def describe_sampling(
     return ", ".join([*parts, weights, f"seed {options.seed}"])
 
 def run_folder(
-    checkpoint: Path|None
+    checkpoint: Path # or the name of a network of the package, for which it is `outputs/<name>`
 ) -> Path:
-    "The folder of the run that a checkpoint belongs to. For the model of the package it is `outputs/small`."
-    if checkpoint is None: return Path("outputs/small")
+    "The folder of the run that a checkpoint belongs to."
+    if str(checkpoint) in PRETRAINED: return Path("outputs")/checkpoint
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 def output_file(
