@@ -69,8 +69,7 @@ def attention_cost(kind, size, repeat):
 def patch_cost(patch_size, repeat, batch_size):
     "One training step of `emoji64` on patches of this size."
     config = fit_to_data(PRESETS["emoji64"], (3, 64, 64), GROUPS)
-    attends = (32//patch_size,) # the second level
-    model = replace(config.model, patch_size=patch_size, attention_resolutions=attends)
+    model = replace(config.model, patch_size=patch_size, attention_resolutions=(16,))
     config = replace(config, model=model, train=replace(config.train, batch_size=batch_size))
     state, precision = new_state(new_model(config), config.train), choose_precision("auto", torch.device("cpu"))
     objective = config.build_objective()
