@@ -256,7 +256,8 @@ class PartOfBatch:
         **cond     # tensors with B rows; anything else is handed on as it is
     ) -> Tensor:   # (B, ...)
         def part(value): return value[self.rows] if isinstance(value, Tensor) else value
-        computed = self.model(x[self.rows], t[self.rows], **{name: part(value) for name, value in cond.items()})
+        mine = {name: part(value) for name, value in cond.items()}
+        computed = self.model(x[self.rows], t[self.rows], **mine)
         first, end = self.rows.start, self.rows.stop
         nothing = [computed.new_zeros(n, *computed.shape[1:]) for n in (first, len(x) - end)]
         return torch.cat([nothing[0], computed, nothing[1]])
@@ -294,7 +295,7 @@ def optimizer_step(
     lr: float,
     grad_clip: float   # longest gradient that is let through
 ) -> float:            # length of the gradient, before clipping
-    """One step of the optimizer, after `find_gradient`. The average and the count of steps are left to the caller.
+    """One step of the optimizer, after `find_gradient`. Average and count of steps are left to the caller.
 
     Raises `FloatingPointError` if gradient or weights are not finite."""
     step = state.step + 1

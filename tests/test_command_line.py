@@ -255,7 +255,8 @@ def is_valid(command, options):
     "Raises AssertionError unless each option has its type and is in the range that always holds."
     values, kinds = values_of(options), OPTIONS[command]
     depends = {"num_steps", "num_inference_steps", "image_size", "patch_size", "base_channels",
-               "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "accumulate", "output"}
+               "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "accumulate",
+               "output"}
     for name, kind in kinds.items():
         kind, optional = describe_kind(kind)
         value = values[name]

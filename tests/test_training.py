@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from ddpm_tutorial.data import batches, load_sample
 from ddpm_tutorial.likelihood import hybrid_objective
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler
-from ddpm_tutorial.training import (Stream, TrainConfig, diffusion_loss, diffusion_objective, drop_conditions,
-                                    ema_decay, find_gradient, learning_rate, new_state, random_generator, total_steps,
-                                    train_steps, update_ema, validation_loss)
+from ddpm_tutorial.training import (Stream, TrainConfig, diffusion_loss, diffusion_objective,
+                                    drop_conditions, ema_decay, find_gradient, learning_rate, new_state,
+                                    random_generator, total_steps, train_steps, update_ema, validation_loss)
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
 
@@ -604,7 +604,8 @@ def test_parts_of_a_batch_are_the_batch(size, parts):
 
     (48 images leave a last batch of 2, which has fewer images than parts.)
     """
-    (whole, weights), (split, same_weights) = whole_and_in_parts(Toy, Precise(), precise_objective, size, parts)
+    (whole, weights), (split, same_weights) = whole_and_in_parts(Toy, Precise(), precise_objective, size,
+                                                                 parts)
     for one, other in zip(whole, split, strict=True):
         assert torch.equal(one.level, other.level) and len(other.losses) == len(one.losses)
         assert_close(one.losses, other.losses, rtol=1e-10, atol=0)
@@ -620,7 +621,8 @@ def test_the_gradient_in_parts_against_autograd():
     randomised(state.model).requires_grad_()
     x0, cond = FEW.batch(torch.arange(10), "cpu")
     losses, level = find_gradient(state, objective(config), x0, cond, config, 1e-3)
-    whole, same_level = objective(config)(state.model, x0, cond, random_generator(config.seed, Stream.STEP, 0))
+    generator = random_generator(config.seed, Stream.STEP, 0)
+    whole, same_level = objective(config)(state.model, x0, cond, generator)
     wanted = torch.autograd.grad(whole.mean(), list(state.model.parameters()))
     assert torch.equal(level, same_level)
     assert_close(losses, whole.detach(), rtol=1e-5, atol=0)

@@ -4,7 +4,7 @@ of patches.
 usage: python tools/emoji.py [--checkpoint FILE] [--output FILE.json] [--docs] [--quick]
 
 --checkpoint is one of `emoji64`; without it, the script trains the preset (half an hour on two cores). The
-samples go into a file beside the figures, with the ending .npz. --docs writes nbs/emoji.json and nbs/emoji.npz.
+samples go into a file beside the figures, which ends in .npz. --docs writes nbs/emoji.json and nbs/emoji.npz.
 --quick trains for two steps and draws in two: it shows that the script works, but its figures mean nothing.
 """
 import argparse
@@ -29,7 +29,8 @@ from ddpm_tutorial.training import Stream, find_gradient, new_state, optimizer_s
 EACH = 10 # samples of a group
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--output", type=Path, default=Path("outputs")/"emoji.json")
     parser.add_argument("--docs", action="store_true")
@@ -71,7 +72,8 @@ def patch_cost(patch_size, repeat, batch_size):
     config = fit_to_data(PRESETS["emoji64"], (3, 64, 64), GROUPS)
     model = replace(config.model, patch_size=patch_size, attention_resolutions=(16,))
     config = replace(config, model=model, train=replace(config.train, batch_size=batch_size))
-    state, precision = new_state(new_model(config), config.train), choose_precision("auto", torch.device("cpu"))
+    state = new_state(new_model(config), config.train)
+    precision = choose_precision("auto", torch.device("cpu"))
     objective = config.build_objective()
     x0, cond = torch.zeros(batch_size, 3, 64, 64), {"labels": torch.arange(batch_size) % len(GROUPS)}
     def step():
@@ -94,10 +96,11 @@ def main():
     np.savez_compressed(args.output.with_suffix(".npz"), images=samples.numpy(), labels=labels.numpy())
     checkpoint, repeat = load_checkpoint(path), 1 if args.quick else 3
     sizes = (8, 16) if args.quick else (16, 32, 64, 128)
+    cases = [(kind, size) for kind in ("self", "linear") for size in sizes]
     result = dict(threads=torch.get_num_threads(), torch=torch.__version__,
                   step=checkpoint["step"], batch_size=config.train.batch_size,
                   minutes=checkpoint["progress"]["seconds"]/60, guidance_scale=config.sampling.guidance_scale,
-                  attention=[attention_cost(kind, size, repeat) for kind in ("self", "linear") for size in sizes],
+                  attention=[attention_cost(kind, size, repeat) for kind, size in cases],
                   patches=[patch_cost(n, repeat, 2 if args.quick else 16) for n in (1, 2, 4)])
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in result["attention"] + result["patches"]: print(row)

@@ -61,7 +61,7 @@ class Config:
     train: TrainConfig=TrainConfig()
     sampling: SamplingConfig=SamplingConfig()
     data: str="fashion_mnist" # "fashion_mnist", "sample" (in the package), "emoji", or a path of your own
-    resize: int|None=None     # scale the shorter side to this, then cut a square; emoji are drawn at this size
+    resize: int|None=None     # scale the shorter side to this, then cut a square; emoji are drawn so large
     image_shape: tyro.conf.Suppress[tuple[int, int, int]]=(1, 28, 28) # (C, H, W), read off the data
     classes: tyro.conf.Suppress[tuple[str, ...]]=CLASSES              # names, read off the data
 
@@ -116,7 +116,7 @@ def config_from_dict(
         raise ConfigError(f"this is no configuration: {error}") from error
 
 # %% ../../nbs/10_config.ipynb #ce9657f9
-# may change between two starts of one run: its length, where the same images come from, and what saves memory
+# may change between two starts of one run: its length, where its images come from, and what saves memory
 MAY_DIFFER = {"train.epochs", "train.max_steps", "data", "resize", "train.accumulate",
               "model.checkpoint_activations"}
 
@@ -203,8 +203,8 @@ def fit_to_data(
 
 # %% ../../nbs/10_config.ipynb #10-emoji
 EMOJI64 = Config(
-    model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), patch_size=2, attention_resolutions=(7,),
-                     num_groups=4),
+    model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), patch_size=2,
+                     attention_resolutions=(7,), num_groups=4),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=500, prediction_type="v_prediction", shift=64/28),
     train=TrainConfig(epochs=110, batch_size=64, lr=1.5e-3, warmup_steps=200, lr_decay=True),
     sampling=SamplingConfig(guidance_scale=2.0), data="emoji", resize=64)
@@ -212,7 +212,8 @@ EMOJI64 = Config(
 EMOJI128 = Config(
     model=UNetConfig(base_channels=128, channel_multipliers=(1, 2, 2, 4), patch_size=2, num_res_blocks=2,
                      attention_resolutions=(4,), num_groups=8),
-    scheduler=SchedulerConfig(schedule="cosine", num_steps=1000, prediction_type="v_prediction", shift=128/28),
+    scheduler=SchedulerConfig(schedule="cosine", num_steps=1000, prediction_type="v_prediction",
+                              shift=128/28),
     train=TrainConfig(epochs=1500, batch_size=64, lr=5e-4, warmup_steps=1000, lr_decay=True),
     sampling=SamplingConfig(guidance_scale=2.0), data="emoji", resize=128)
 

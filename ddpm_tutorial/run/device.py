@@ -128,8 +128,9 @@ def check_memory(
     need = fixed + each*-(-batch_size//(parts*share))
     if need <= free: return
     fits = share*int((free - fixed)/(2*each)) # images at a time
-    if fits > 0: advice = (f"lower --batch_size to {min(fits*parts, batch_size)}, or compute it in parts with "
-                           f"--accumulate {-(-batch_size//fits)}, or take a smaller --config")
+    if fits > 0:
+        advice = (f"lower --batch_size to {min(fits*parts, batch_size)}, or compute it in parts with "
+                  f"--accumulate {-(-batch_size//fits)}, or take a smaller --config")
     else: advice = "not even one image fits: take a smaller --config"
     raise NotEnoughMemory(f"a step with batch_size {batch_size} needs {need/2**30:.1f} GiB, and "
                           f"{max(free, 0)/2**30:.1f} GiB are free on {next(model.parameters()).device}; "
