@@ -81,7 +81,8 @@ def test_emoji(tmp_path):
     assert {(row["kind"], row["size"]) for row in result["attention"]} == {
         (kind, size) for kind in ("self", "linear") for size in (8, 16)}
     with np.load(tmp_path/"found.npz") as arrays:
-        assert arrays["images"].shape == (18, 3, 64, 64) and arrays["labels"].tolist() == sorted([*range(9)]*2)
+        assert arrays["images"].shape == (18, 3, 64, 64)
+        assert arrays["labels"].tolist() == sorted([*range(9)]*2)
     checkpoint = tmp_path/"outputs"/"emoji64_quick"/"checkpoints"/"best_model.pth"
     before = checkpoint.stat().st_mtime_ns
     run(*command, cwd=tmp_path)
