@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['diffusion_loss', 'drop_conditions', 'random_generator', 'Stream', 'ema_decay', 'update_ema', 'check_finite',
            'TrainConfig', 'total_steps', 'learning_rate', 'uniform_times', 'diffusion_objective', 'TrainState',
-           'new_state', 'optimizer_step', 'autocast_to', 'TrainStep', 'train_steps', 'validation_loss']
+           'new_state', 'autocast_to', 'PartOfBatch', 'find_gradient', 'optimizer_step', 'TrainStep', 'train_steps',
+           'validation_loss']
 
 # %% ../nbs/07_training.ipynb #07-003
 import copy
@@ -127,6 +128,7 @@ class TrainConfig:
     epochs: int=20               # passes over the data
     max_steps: int|None=None     # stop earlier, after this many optimizer steps
     batch_size: int=128
+    accumulate: int=1            # compute each batch in so many parts, one after the other: less memory
     lr: float=2e-4               # highest learning rate of AdamW
     warmup_steps: int=0          # steps in which the learning rate rises to lr
     lr_decay: bool=False         # fall to 0 along a cosine until the end of the run
@@ -145,8 +147,9 @@ class TrainConfig:
                     raise ValueError(f"{name} must be {be}, not {given[name]!r}")
 
         must("a whole number", lambda v: isinstance(v, int),
-             "epochs", "max_steps", "batch_size", "warmup_steps", "seed")
-        must("at least 1", lambda v: v >= 1, "epochs", "max_steps", "batch_size")
+             "epochs", "max_steps", "batch_size", "accumulate", "warmup_steps", "seed")
+        must("at least 1", lambda v: v >= 1, "epochs", "max_steps", "batch_size", "accumulate")
+        must(f"at most batch_size, which is {self.batch_size}", lambda v: v <= self.batch_size, "accumulate")
         must("above 0 and finite", lambda v: 0 < v < math.inf, "lr", "grad_clip")
         must("at least 0 and finite", lambda v: 0 <= v < math.inf, "weight_decay")
         must("at least 0", lambda v: v >= 0, "warmup_steps")
@@ -223,29 +226,6 @@ def new_state(
                                   fused=fused)
     return TrainState(model, copy.deepcopy(model).eval().requires_grad_(False), optimizer)
 
-# %% ../nbs/07_training.ipynb #07-step
-def optimizer_step(
-    state: TrainState, # weights and optimizer are changed in place
-    loss: Tensor,      # one number
-    lr: float,
-    grad_clip: float   # longest gradient that is let through
-) -> float:            # length of the gradient, before clipping
-    """One step of the optimizer. The average and the count of steps are left to the caller.
-
-    Raises `FloatingPointError` if loss, gradient or weights are not finite."""
-    step = state.step + 1
-    weights = list(state.model.parameters())
-    for group in state.optimizer.param_groups: group["lr"] = lr
-    check_finite("loss", loss, step, lr, loss)
-    state.optimizer.zero_grad()
-    loss.backward()
-    grad_norm = nn.utils.clip_grad_norm_(weights, grad_clip)
-    check_finite("gradient", grad_norm, step, lr, loss)
-    state.optimizer.step()
-    length = nn.utils.get_total_norm([weight.detach() for weight in weights])
-    check_finite("length of the weights", length, step, lr, loss)
-    return grad_norm.item()
-
 # %% ../nbs/07_training.ipynb #07-precision
 def autocast_to(
     precision: str, # "fp32" or "bf16"
@@ -257,6 +237,76 @@ def autocast_to(
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be fp32 or bf16, not {precision!r}")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+# %% ../nbs/07_training.ipynb #07-gradient
+class PartOfBatch:
+    """A network that computes some rows of a batch and answers 0 for the others. So an objective can be given
+    the whole batch, and draws what it always draws. Only the losses of these rows mean anything."""
+    def __init__(self,
+        model: Callable, # model(x, t, **cond) -> prediction
+        rows: slice      # of the batch, at least one
+    ): self.model, self.rows = model, rows
+
+    @property
+    def null_cond(self) -> dict: return self.model.null_cond # an objective asks for it
+
+    def __call__(self,
+        x: Tensor, # (B, ...)
+        t: Tensor, # (B,)
+        **cond     # tensors with B rows; anything else is handed on as it is
+    ) -> Tensor:   # (B, ...)
+        def part(value): return value[self.rows] if isinstance(value, Tensor) else value
+        mine = {name: part(value) for name, value in cond.items()}
+        computed = self.model(x[self.rows], t[self.rows], **mine)
+        first, end = self.rows.start, self.rows.stop
+        nothing = [computed.new_zeros(n, *computed.shape[1:]) for n in (first, len(x) - end)]
+        return torch.cat([nothing[0], computed, nothing[1]])
+
+def find_gradient(
+    state: TrainState,         # of the weights, the gradient is set
+    objective: Callable,       # as in `train_steps`
+    x0: Tensor,                # clean images (B, ...)
+    cond: dict,                # their conditions, each with B rows
+    config: TrainConfig,
+    lr: float,                 # for the message of an error
+    precision: str="fp32",     # "fp32" or "bf16" (autocast)
+    model: Callable|None=None  # as in `train_steps`
+) -> tuple[Tensor, Tensor]:    # losses (B,), without a graph, and level (B,)
+    """The gradient of the batch's mean loss, in `config.accumulate` parts of nearly one size.
+
+    Raises `FloatingPointError` if a loss is not finite."""
+    state.optimizer.zero_grad()
+    model, found = model or state.model, []
+    for part in torch.arange(len(x0)).chunk(config.accumulate):
+        rows = slice(part[0].item(), part[-1].item() + 1)
+        generator = random_generator(config.seed, Stream.STEP, state.step) # the same draws for each part
+        network = model if len(part) == len(x0) else PartOfBatch(model, rows)
+        with autocast_to(precision, x0.device): losses, level = objective(network, x0, cond, generator)
+        loss = losses[rows].mean()*(len(part)/len(x0))
+        check_finite("loss", loss, state.step + 1, lr, loss)
+        loss.backward()
+        found.append(losses[rows].detach())
+    return torch.cat(found), level
+
+# %% ../nbs/07_training.ipynb #07-step
+def optimizer_step(
+    state: TrainState, # with the gradient; weights and optimizer are changed in place
+    loss: Tensor,      # one number, for the message of an error
+    lr: float,
+    grad_clip: float   # longest gradient that is let through
+) -> float:            # length of the gradient, before clipping
+    """One step of the optimizer, after `find_gradient`. Average and count of steps are left to the caller.
+
+    Raises `FloatingPointError` if gradient or weights are not finite."""
+    step = state.step + 1
+    weights = list(state.model.parameters())
+    for group in state.optimizer.param_groups: group["lr"] = lr
+    grad_norm = nn.utils.clip_grad_norm_(weights, grad_clip)
+    check_finite("gradient", grad_norm, step, lr, loss)
+    state.optimizer.step()
+    length = nn.utils.get_total_norm([weight.detach() for weight in weights])
+    check_finite("length of the weights", length, step, lr, loss)
+    return grad_norm.item()
 
 # %% ../nbs/07_training.ipynb #07-060
 class TrainStep(NamedTuple):
@@ -292,15 +342,13 @@ def train_steps(
         epoch, start = divmod(state.step, per_epoch)
         order = random_generator(config.seed, Stream.ORDER, epoch)
         for x0, cond in batches(data, config.batch_size, generator=order, device=device, start=start):
-            generator = random_generator(config.seed, Stream.STEP, state.step)
             lr = learning_rate(state.step, config, total)
-            with autocast_to(precision, device):
-                losses, level = objective(model or state.model, x0, cond, generator)
+            losses, level = find_gradient(state, objective, x0, cond, config, lr, precision, model)
             loss = losses.mean()
             grad_norm = optimizer_step(state, loss, lr, config.grad_clip)
             update_ema(state.ema, state.model, ema_decay(state.step, config.ema_decay))
             state.step += 1
-            yield TrainStep(state.step, epoch, loss.item(), losses.detach(), level, lr, grad_norm)
+            yield TrainStep(state.step, epoch, loss.item(), losses, level, lr, grad_norm)
             if state.step >= total: return
 
 # %% ../nbs/07_training.ipynb #eac4890d

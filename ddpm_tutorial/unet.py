@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .attention import ATTENTION, AttentionBlock
 from .embeddings import AdaGN, ClassEmbedding, TimeEmbedding, group_norm
@@ -87,6 +88,7 @@ class UNetConfig:
     feed_forward: bool=True                          # feed-forward after the attention
     num_groups: int=2                                # groups of every group norm
     learned_variance: bool=False                     # also predict the step's variance, for the likelihood
+    checkpoint_activations: bool=False               # compute each block twice in training, to save memory
 
     @property
     def resolutions(self) -> tuple[int, ...]: # size of the feature map at each level, e.g. (28, 14, 7)
@@ -146,13 +148,17 @@ class Block(nn.Module):
         self.residual = ResBlock(in_channels, out_channels, 4*config.base_channels, config.num_groups)
         self.attention = nn.Identity() if not with_attention else AttentionBlock(
             out_channels, config.head_dim, config.num_groups, config.attention, config.feed_forward)
+        self.twice = config.checkpoint_activations
 
     def forward(self,
         x,           # (B, in_channels, H, W)
         cond,        # (B, 4 base_channels)
         context=None # for cross-attention, which no block has yet; `UNet` refuses it
     ):               # (B, out_channels, H, W)
-        return self.attention(self.residual(x, cond))
+        def compute(x, cond): return self.attention(self.residual(x, cond))
+        if not self.twice or not torch.is_grad_enabled(): return compute(x, cond)
+        # only x and cond are kept; what lies between is computed once more in the backward pass
+        return checkpoint(compute, x, cond, use_reentrant=False, preserve_rng_state=False)
 
 # %% ../nbs/04_unet.ipynb #04-down-level
 class DownLevel(nn.Module):

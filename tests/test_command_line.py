@@ -76,6 +76,7 @@ ALLOWED = {
         device=anything, data=anything, resume_from=anything, resize=between(8, 4096),
         save_every=at_least(1), sample_every=at_least(1), log_every=at_least(1), epochs=at_least(1),
         max_steps=at_least(1), batch_size=at_least(1), warmup_steps=at_least(0), seed=seed,
+        accumulate=between(1, 64),                          # at most the batch
         lr=above(0), grad_clip=above(0), weight_decay=not_negative, label_dropout=share, ema_decay=share,
         guidance_scale=not_negative, num_inference_steps=between(1, 500), method=one_of(*METHODS),
         schedule=one_of("linear", "cosine", "flow"), shift=between(0.001, 1000),
@@ -254,7 +255,8 @@ def is_valid(command, options):
     "Raises AssertionError unless each option has its type and is in the range that always holds."
     values, kinds = values_of(options), OPTIONS[command]
     depends = {"num_steps", "num_inference_steps", "image_size", "patch_size", "base_channels",
-               "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "output"}
+               "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "accumulate",
+               "output"}
     for name, kind in kinds.items():
         kind, optional = describe_kind(kind)
         value = values[name]
@@ -267,6 +269,7 @@ def is_valid(command, options):
         assert values["base_channels"] % values["num_groups"] == 0
         assert set(values["attention_resolutions"]) <= set(levels) and levels[-1] >= 2
         assert values["image_size"] % values["patch_size"] == 0 and min(values["channel_multipliers"]) >= 1
+        assert 1 <= values["accumulate"] <= values["batch_size"]
         steps = len(options.settings.scheduler.build())
         assert 1 <= options.settings.inference_steps <= values["num_steps"] == steps
     if command == "ddpm_sample" and values["output"]:

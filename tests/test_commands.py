@@ -387,9 +387,24 @@ def test_a_step_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatc
     monkeypatch.undo()
     monkeypatch.setattr(train, "free_memory", lambda device: 200 << 20)
     assert command(train, *args, "--batch_size", fits, "--max_steps", "1") == 0
+    parts = int(re.search(r"--accumulate (\d+)", err)[1])
+    assert parts == -(-1000//fits)
+    in_parts = [*args[:-1], tmp_path/"parts", "--batch_size", "1000", "--max_steps", "1", "--accumulate"]
+    assert command(train, *in_parts, parts) == 0
+    assert command(train, *in_parts, "2", "--no-wandb", "--output_dir", tmp_path/"two") == 1 # not enough
     monkeypatch.setattr(train, "free_memory", lambda device: 1 << 20)
     assert command(train, *args[:-1], tmp_path/"other") == 1
     assert "not even one image fits: take a smaller --config" in capsys.readouterr().err
+
+def test_a_run_goes_on_with_less_memory(tmp_path):
+    "Parts and blocks that are computed twice may change between two starts, in both directions."
+    args = ["--config", "tiny", *SHORT, "--output_dir", tmp_path/"run"]
+    assert command(train, *args, "--max_steps", "1") == 0
+    less = ["--accumulate", "2", "--checkpoint_activations"]
+    assert command(train, *args, "--max_steps", "2", *less, "--resume") == 0
+    assert command(train, *args, "--max_steps", "3", "--resume") == 0
+    checkpoint = load_checkpoint(tmp_path/"run/checkpoints/latest.pth")
+    assert checkpoint["step"] == 3 and checkpoint["config"].train.accumulate == 1
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("batch_size", [128, 256])

@@ -13,11 +13,12 @@ import torch
 import torchvision
 from PIL import Image
 
-from ddpm_tutorial.data import (CLASSES, DATA_SETS, PIXELS, RAW_FILES, DataError, ImageData, batches,
+from ddpm_tutorial.data import (CLASSES, PIXELS, RAW_FILES, DataError, ImageData, batches,
                                 check_raw_files, default_data_root, fingerprint, full_or_tiny, hold_out,
-                                image_grid, load_data, load_fashion_mnist, load_images, load_sample, to_float,
+                                image_grid, load_fashion_mnist, load_images, load_sample, to_float,
                                 to_pil, to_uint8, without_labels)
 from ddpm_tutorial.run.config import PRESETS, fit_to_data
+from ddpm_tutorial.run.data_sets import DATA_SETS, load_data
 from ddpm_tutorial.run.device import new_model
 from ddpm_tutorial.training import diffusion_objective, new_state, train_steps, validation_loss
 
@@ -271,7 +272,7 @@ def test_a_batch_is_what_a_model_sees():
 
 def test_a_new_data_set_is_one_entry(monkeypatch):
     "Ten lines: stripes of a random width, under a name that a configuration can give."
-    def stripes(root):
+    def stripes(root, resize):
         width = torch.randint(1, 5, (40,), generator=torch.Generator().manual_seed(0))
         rows = (torch.arange(16)//width[:, None] % 2 * 255).to(torch.uint8)
         images = rows[:, None, None].expand(-1, 3, 16, -1)

@@ -131,6 +131,12 @@ def test_several_are_one(launcher, data, alone, tmp_path, size):
     assert_close(tmp_path/"run", alone)
     assert [line["processes"] for line in read_metrics(tmp_path/"run") if "started" in line] == [size]
 
+@pytest.mark.parametrize("size, parts", [(2, 3), (3, 2)])
+def test_several_compute_a_batch_in_parts(launcher, data, alone, tmp_path, size, parts):
+    "Each part is shared out among the processes, and the run is still that of one process in one part."
+    run_together(launcher, size, tiny(data, tmp_path/"run", "--epochs", 2, "--accumulate", parts))
+    assert_close(tmp_path/"run", alone)
+
 @pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
 def test_the_number_of_processes_may_change(launcher, data, alone, tmp_path, first, then):
     "One process continues the run of two, and the other way round."

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 TOOLS = Path(__file__).parent.parent/"tools"
 
 def run(script, *options, cwd):
@@ -70,3 +72,19 @@ def test_likelihood(tmp_path):
         assert abs(parts["total"][0] - total) < 1e-6 and 1 < total < 8 and parts["total"][1] > 0
     assert all(3 < bits < 8 for bits in found["coders"].values())
     assert 0 < found["label_bits"] < 0.01 and found["num_images"] == 20
+
+def test_emoji(tmp_path):
+    "It trains if there is no checkpoint, and leaves figures and samples. A second call trains no more."
+    command = ["resolution.py", "--quick", "--output", "found.json"]
+    run(*command, cwd=tmp_path)
+    result = json.loads((tmp_path/"found.json").read_text())
+    assert [row["patch_size"] for row in result["patches"]] == [1, 2, 4] and result["step"] == 2
+    assert {(row["kind"], row["size"]) for row in result["attention"]} == {
+        (kind, size) for kind in ("self", "linear") for size in (8, 16)}
+    with np.load(tmp_path/"found.npz") as arrays:
+        assert arrays["images"].shape == (18, 3, 64, 64)
+        assert arrays["labels"].tolist() == sorted([*range(9)]*2)
+    checkpoint = tmp_path/"outputs"/"emoji64_quick"/"checkpoints"/"best_model.pth"
+    before = checkpoint.stat().st_mtime_ns
+    run(*command, cwd=tmp_path)
+    assert checkpoint.stat().st_mtime_ns == before

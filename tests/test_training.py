@@ -2,6 +2,7 @@
 import copy
 import io
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from ddpm_tutorial.data import batches, load_sample
+from ddpm_tutorial.likelihood import hybrid_objective
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler
-from ddpm_tutorial.training import (TrainConfig, diffusion_loss, diffusion_objective, drop_conditions,
-                                    ema_decay, learning_rate, new_state, random_generator, total_steps,
-                                    train_steps, update_ema, validation_loss)
+from ddpm_tutorial.training import (Stream, TrainConfig, diffusion_loss, diffusion_objective,
+                                    drop_conditions, ema_decay, find_gradient, learning_rate, new_state,
+                                    random_generator, total_steps, train_steps, update_ema, validation_loss)
 from ddpm_tutorial.unet import UNet, UNetConfig
 from peers import randomised
 
@@ -547,3 +549,130 @@ def test_a_model_without_conditions_says_so():
     model = UNet(replace(TINY, num_classes=0))
     with pytest.raises(ValueError, match=r"this model takes no conditions, but \['labels'\] were given"):
         diffusion_objective(SCHEDULER, 0.1)(model, IMAGES, {"labels": TIMES}, random_generator(0))
+
+
+def whole_and_in_parts(network, data, build, size, parts):
+    "The record and the weights of a few steps in one part, and in several."
+    found = []
+    for accumulate in (1, parts):
+        config = TrainConfig(batch_size=size, max_steps=3, lr=1e-3, label_dropout=0.5, accumulate=accumulate)
+        torch.manual_seed(0)
+        state = new_state(network(), config)
+        records = list(train_steps(state, data, build(config), config))
+        found.append((records, [p.detach().clone() for p in state.model.parameters()]))
+    return found
+
+
+class Toy(nn.Module):
+    "A network in float64."
+    null_cond = {"labels": 10}
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 3)
+        self.embedding = nn.Embedding(11, 4)
+        self.double()
+
+    def forward(self, x, t, labels):
+        h = self.conv(x) + self.embedding(labels)[:, :, None, None]*t[:, None, None, None]/50
+        return self.out(h.sin())
+
+
+class Precise:
+    "The few images in float64."
+    def __len__(self): return len(FEW)
+
+    def batch(self, index, device):
+        x0, cond = FEW.batch(index, device)
+        return x0.double(), cond
+
+
+def precise_objective(config):
+    "The simple loss, without the float32 of `diffusion_loss`."
+    def objective(model, x0, cond, generator):
+        t = torch.randint(50, (len(x0),), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+        cond = drop_conditions(cond, model.null_cond, config.label_dropout, generator)
+        error = model(SCHEDULER.add_noise(x0, noise, t), t, **cond) - SCHEDULER.target(x0, noise, t)
+        return error.square().flatten(1).mean(dim=1), t/50
+    return objective
+
+
+@pytest.mark.parametrize("size, parts", [(20, 2), (20, 3), (20, 20), (7, 4), (48, 5)])
+def test_parts_of_a_batch_are_the_batch(size, parts):
+    """In float64 to 1e-10: losses, times, gradient and weights. Also if the parts are uneven.
+
+    (48 images leave a last batch of 2, which has fewer images than parts.)
+    """
+    (whole, weights), (split, same_weights) = whole_and_in_parts(Toy, Precise(), precise_objective, size,
+                                                                 parts)
+    for one, other in zip(whole, split, strict=True):
+        assert torch.equal(one.level, other.level) and len(other.losses) == len(one.losses)
+        assert_close(one.losses, other.losses, rtol=1e-10, atol=0)
+        assert math.isclose(one.loss, other.loss, rel_tol=1e-10)
+        assert math.isclose(one.grad_norm, other.grad_norm, rel_tol=1e-10)
+    for one, other in zip(weights, same_weights): assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_the_gradient_in_parts_against_autograd():
+    "One part at a time, and by hand: torch.autograd.grad of the mean loss of the whole batch."
+    config = TrainConfig(batch_size=10, accumulate=3)
+    state = fresh_state(config=config)
+    randomised(state.model).requires_grad_()
+    x0, cond = FEW.batch(torch.arange(10), "cpu")
+    losses, level = find_gradient(state, objective(config), x0, cond, config, 1e-3)
+    generator = random_generator(config.seed, Stream.STEP, 0)
+    whole, same_level = objective(config)(state.model, x0, cond, generator)
+    wanted = torch.autograd.grad(whole.mean(), list(state.model.parameters()))
+    assert torch.equal(level, same_level)
+    assert_close(losses, whole.detach(), rtol=1e-5, atol=0)
+    for parameter, gradient in zip(state.model.parameters(), wanted):
+        assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_bound_in_parts():
+    "The objective that also trains the variance, whose network gives twice the channels."
+    def build(config): return hybrid_objective(SCHEDULER, config.label_dropout)
+    def network(): return randomised(UNet(replace(TINY, learned_variance=True))).requires_grad_()
+    (whole, weights), (split, same_weights) = whole_and_in_parts(network, FEW, build, 20, 3)
+    for one, other in zip(whole, split): assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-5)
+    for one, other in zip(weights, same_weights): assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_parts_are_computed_one_after_the_other():
+    "The network sees 7, 7 and 6 images, and each part's graph is gone before the next one is made."
+    config, seen = TrainConfig(batch_size=20, accumulate=3), []
+    state = fresh_state(config=config)
+    def counted(x, t, labels):
+        open_graphs = sum(graph() is not None for _, graph in seen)
+        assert open_graphs == 0
+        output = state.model(x, t, labels)
+        seen.append((len(x), weakref.ref(output)))
+        return output
+    counted.null_cond = state.model.null_cond
+    next(train_steps(state, FEW, objective(config), config, model=counted))
+    assert [n for n, _ in seen] == [7, 7, 6]
+
+
+def test_a_run_in_parts_resumes_exactly():
+    config = replace(CONFIG, accumulate=3)
+    unbroken, stopped = fresh_state(), fresh_state()
+    records = list(train_steps(unbroken, FEW, objective(config), config))
+    for record in train_steps(stopped, FEW, objective(config), config):
+        if record.step == 4: break
+    rest = list(train_steps(stopped, FEW, objective(config), config))
+    assert [record.loss for record in rest] == [record.loss for record in records[4:]]
+    assert same(everything(stopped), everything(unbroken))
+
+
+def test_a_bad_part_stops_before_the_step():
+    "The second of two parts has a NaN: no weight has moved."
+    config = TrainConfig(batch_size=20, accumulate=2)
+    state = fresh_state(config=config)
+    before = copy.deepcopy(list(state.model.parameters()))
+    def broken(model, x0, cond, generator):
+        losses, level = objective(config)(model, x0, cond, generator)
+        return losses*torch.where(torch.arange(20) == 15, math.nan, 1.), level
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+        next(train_steps(state, FEW, broken, config))
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters()))

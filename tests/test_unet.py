@@ -1,5 +1,6 @@
 """Embeddings, norms and the U-Net, compared with torch functional and with diffusers at the same weights."""
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from ddpm_tutorial.attention import AttentionBlock
 from ddpm_tutorial.embeddings import AdaGN, ClassEmbedding, group_norm, sinusoidal_embedding
 from ddpm_tutorial.run.checkpoint import PRETRAINED, load_weights
+from ddpm_tutorial.run.device import saved_bytes
 from ddpm_tutorial.unet import Block, Downsample, ResBlock, UNet, UNetConfig, Upsample
 from peers import diffusers_unet, double, mirrored_unet, our_steps, randomised
 
@@ -380,3 +382,39 @@ def test_what_a_seed_draws(name, total, of_squares):
     waves = torch.arange(len(weights), dtype=torch.float64).cos()    # so that places count, not only values
     found = torch.stack([(weights*waves).sum(), weights.square().sum()])
     assert_close(found, torch.tensor([total, of_squares], dtype=torch.float64), rtol=1e-5, atol=1e-4)
+
+
+def saved_and_gradient(model, inputs):
+    "Bytes that the forward pass keeps, the answer, and the gradient of a sum of it."
+    model.zero_grad()
+    found = []
+    kept = saved_bytes(model, lambda: found.append(model(*inputs)))
+    found[0].square().sum().backward()
+    return kept, found[0].detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["self", "linear"])
+def test_checkpointed_activations(name):
+    "The same weights, answer and gradient as without, from less than half of the memory."
+    config = UNetConfig(image_size=32, base_channels=32, channel_multipliers=(1, 2, 2), num_res_blocks=2,
+                        attention_resolutions=(16,), attention=name)
+    plain = randomised(UNet(config)).requires_grad_()
+    twice = UNet(replace(config, checkpoint_activations=True))
+    assert list(plain.state_dict()) == list(twice.state_dict())
+    twice.load_state_dict(plain.state_dict())
+    inputs = draw(3, 1, 32, 32).float(), torch.arange(3), torch.arange(3)
+    (kept, answer, gradient), (kept_twice, same_answer, same_gradient) = (
+        saved_and_gradient(model, inputs) for model in (plain, twice))
+    assert kept_twice < kept/2 and torch.equal(answer, same_answer)
+    for one, other in zip(gradient, same_gradient): assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_are_computed_twice_in_training_only():
+    config = UNetConfig(image_size=8, base_channels=32, channel_multipliers=(1,), checkpoint_activations=True)
+    model, calls = UNet(config), []
+    model.middle.blocks[0].residual.register_forward_hook(lambda *_: calls.append(0))
+    x, t = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+    model(x, t).sum().backward()
+    assert len(calls) == 2
+    with torch.no_grad(): model(x, t)
+    assert len(calls) == 3

@@ -16,10 +16,11 @@ from typing import Literal
 
 import torch
 
-from ..data import RAW_FILES, ImageData, batches, default_data_root, load_data, load_fashion_mnist
+from ..data import RAW_FILES, ImageData, batches, default_data_root, load_fashion_mnist
 from .checkpoint import load_model, save_checkpoint
 from .cli import parse_options, run_command, steady_output
 from .config import PRESETS, Config, fit_to_data
+from .data_sets import load_data
 from .device import (choose_device, choose_precision, label_conditions, new_model,
                                       sampling_steps)
 from ..training import TrainState, diffusion_loss, new_state, train_steps
@@ -32,8 +33,8 @@ class CheckError(Exception):
 class CheckOptions:
     "Tries each part of the pipeline on this machine, one line each with its time."
     config: Literal[tuple(PRESETS)]="tiny" # preset whose model is tried
-    data: str="sample"            # the images that come with the package, or a path to your own
-    resize: int|None=None         # of your own images: shorter side scaled to this, then cut to a square
+    data: str|None=None           # "emoji" or a path to your own; default: as the preset, without a download
+    resize: int|None=None         # scale the shorter side to this, then cut a square; default: as the preset
     data_root: Path|None=None     # holds FashionMNIST/raw (no download); default DDPM_DATA_ROOT, or else data
     device: str="auto"            # auto, cuda, cuda:1, mps or cpu
     precision: Literal["auto", "fp32", "bf16"]="auto"
@@ -164,7 +165,10 @@ def check(
     "Tries all parts from the bottom up, with a preset's model. Raises `CheckError` at the first failure."
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    config = replace(PRESETS[options.config], data=options.data, resize=options.resize)
+    preset = PRESETS[options.config]
+    own = "sample" if preset.data == "fashion_mnist" else preset.data # the sample comes with the package
+    config = replace(preset, data=options.data or own,
+                     resize=options.resize if options.data or options.resize else preset.resize)
     config = replace(config, train=replace(config.train, batch_size=16, max_steps=2),
                      sampling=replace(config.sampling, num_inference_steps=4))
     config, state, data = check_inputs(config, device, options.data_root or default_data_root())

@@ -117,17 +117,20 @@ def check_memory(
     free: int,      # bytes, from `free_memory`
     share: int=1    # how many processes share the batch, each with its own device
 ):
-    """Raises `NotEnoughMemory` if one training step cannot fit: what the forward pass keeps for each image,
-    the gradient, and what AdamW keeps. In practice a step takes up to twice as much: the backward pass
-    needs room to work in. So a batch that is refused would have failed, and one that passes may still fail.
-    The batch size in the advice allows for twice as much."""
-    one, batch_size = _kept_for(1, model, config, precision), config.train.batch_size
+    """Raises `NotEnoughMemory` if one training step cannot fit: what the forward pass keeps for each image
+    of a part (`accumulate`), the gradient, and what AdamW keeps. In practice a step takes up to twice as
+    much: the backward pass needs room to work in. So a batch that is refused would have failed, and one that
+    passes may still fail. The advice allows for twice as much."""
+    one = _kept_for(1, model, config, precision)
+    batch_size, parts = config.train.batch_size, config.train.accumulate
     each = _kept_for(2, model, config, precision) - one
     fixed = one - each + 3*sum(p.nbytes for p in model.parameters())
-    need = fixed + each*-(-batch_size//share)
+    need = fixed + each*-(-batch_size//(parts*share))
     if need <= free: return
-    fits = share*int((free - fixed)/(2*each))
-    if fits > 0: advice = f"lower --batch_size to {fits}, or take a smaller --config"
+    fits = share*int((free - fixed)/(2*each)) # images at a time
+    if fits > 0:
+        advice = (f"lower --batch_size to {min(fits*parts, batch_size)}, or compute it in parts with "
+                  f"--accumulate {-(-batch_size//fits)}, or take a smaller --config")
     else: advice = "not even one image fits: take a smaller --config"
     raise NotEnoughMemory(f"a step with batch_size {batch_size} needs {need/2**30:.1f} GiB, and "
                           f"{max(free, 0)/2**30:.1f} GiB are free on {next(model.parameters()).device}; "

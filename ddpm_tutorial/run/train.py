@@ -21,11 +21,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import __version__
-from ..data import PIXELS, ImageData, fingerprint, image_grid, load_data, to_pil, without_labels
+from ..data import PIXELS, ImageData, fingerprint, image_grid, to_pil, without_labels
 from ..parallel import PeerLost, SharedBatch, notice_lost_peers, process_group
 from .checkpoint import CheckpointError, load_checkpoint, load_latest, restore, save_run
 from .cli import parse_options, run_command, steady_output
 from .config import MAY_DIFFER, PRESETS, Config, ConfigError, differences, fit_to_data
+from .data_sets import load_data
 from .device import (check_memory, choose_device, choose_precision, explain_out_of_memory,
                                       free_memory, label_conditions, memory_mib, new_model, sampling_steps)
 from .files import check_folder, lock_folder, make_folder, remove_partial_files, write_atomic
@@ -384,9 +385,10 @@ def train(
     finite, `NotEnoughMemory`, `CheckpointError` if the last save fails, and `Stopped` or `PeerLost` when
     everything is saved."""
     device, folder = choose_device(options.device), options.folder
-    batch_size = options.settings.train.batch_size
+    batch_size, parts = options.settings.train.batch_size, options.settings.train.accumulate
+    otherwise = f", or compute it in parts with --accumulate {2*parts}, or take a smaller --config"
     with (StopOnSignal() as signals, process_group(device) as (rank, size, device),
-          explain_out_of_memory(device, batch_size, ", or take a smaller --config")):
+          explain_out_of_memory(device, batch_size, otherwise)):
         if rank:
             dist.barrier() # until the first process has checked, and downloaded what is needed
             run_other_process(prepare(options, device), size, signals)
