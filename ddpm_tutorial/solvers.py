@@ -41,9 +41,10 @@ def heun_steps(
         velocity = (noise - x0 + noise_there - x0_there)/2
         (scale, u), (prev_scale, prev_u) = scheduler.on_line(t, x), scheduler.on_line(prev_t, x)
         return (prev_scale/scale).to(x)*x + (prev_scale*(prev_u - u)).to(x)*velocity
+    skip_zero = spacing == "time"                      # the slope at time 0 divides by almost no noise
     return denoise_steps(update, model, scheduler, shape, generator=generator, noise=noise, device=device,
                          num_inference_steps=num_inference_steps, clip_sample=clip_sample, spacing=spacing,
-                         **cond)
+                         skip_zero=skip_zero, **cond)
 
 # %% ../nbs/25_flow_matching.ipynb #25-methods
 # all take the same arguments and yield the same kind of steps

@@ -457,26 +457,28 @@ def test_a_folder_for_a_checkpoint(run, capsys):
     assert command(train, *args) in (1, 2)
     assert "is a folder" in capsys.readouterr().err
 
-@pytest.mark.parametrize("name, says", [("small", "dpm++, 2 steps, guidance 1.3"), (None, "dpm++, 2 steps"),
-                                        ("small_few", "ddim, 2 steps, guidance 1, spacing trailing")])
-def test_a_network_of_the_package_by_its_name(tmp_path, monkeypatch, capsys, name, says):
+@pytest.mark.parametrize("name, args, says", [
+    ("small", ["--num_inference_steps", 2], "dpm++, 2 steps, guidance 1.3"),
+    (None, ["--num_inference_steps", 2], "dpm++, 2 steps"),
+    ("small_few", [], "ddim, 4 steps, guidance 1, spacing trailing"),
+    ("small_one", [], "ddim, 1 steps, guidance 1, spacing trailing")])
+def test_a_network_of_the_package_by_its_name(tmp_path, monkeypatch, capsys, name, args, says):
     "Its pictures go into a folder of its name. Without a name it is `small`."
     monkeypatch.chdir(tmp_path)
-    args = ["--checkpoint", name] if name else []
-    assert command(sample, *args, "--num_inference_steps", 2, "--num_samples", 1) == 0
+    if name: args = ["--checkpoint", name, *args]
+    assert command(sample, *args, "--num_samples", 1) == 0
     assert f"the trained {name or 'small'}, {says}" in capsys.readouterr().out
     assert (tmp_path/"outputs"/(name or "small")/"samples"/"grid.png").exists()
     assert command(sample, "--checkpoint", "smal") == 2
-    assert "smal is not there" in (said := capsys.readouterr().err) and "small, small_few" in said
+    assert "smal is not there" in (said := capsys.readouterr().err) and "small, small_few, small_one" in said
 
 def test_a_student_on_the_command_line(tmp_path, monkeypatch, capsys):
     "It draws in its own number of steps, and refuses what it has not learned."
     monkeypatch.chdir(tmp_path)
-    assert command(sample, "--checkpoint", "small_few", "--num_samples", 1) == 0
-    assert "the trained small_few, ddim, 4 steps" in capsys.readouterr().out
-    for args in (["--num_inference_steps", 8], ["--method", "heun"], ["--guidance_scale", 3]):
+    for args in (["--num_inference_steps", 8], ["--num_inference_steps", 1], ["--method", "heun"],
+                 ["--guidance_scale", 3]):
         assert command(sample, "--checkpoint", "small_few", "--num_samples", 1, *args) == 2
-        assert "student that was distilled for 4 steps" in capsys.readouterr().err
+        assert "student that was distilled for num_inference_steps=4" in capsys.readouterr().err
 
 def test_weights_by_any_name(run, tmp_path, capsys):
     """A file is known by its content, not by its name.

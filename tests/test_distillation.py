@@ -164,7 +164,7 @@ STUDENT = SamplingConfig(method="ddim", spacing="trailing", guidance_scale=1., n
 
 
 @pytest.mark.parametrize("changes, named", [
-    (dict(num_inference_steps=3), "num_inference_steps=3"),
+    (dict(num_inference_steps=2), "num_inference_steps=2"),     # its steps would be half as long as they must
     (dict(num_inference_steps=8), "num_inference_steps=8"),
     (dict(num_inference_steps=None), "num_inference_steps=None"),
     (dict(method="dpm++"), "method='dpm++'"), (dict(spacing="time"), "spacing='time'"),
@@ -172,13 +172,12 @@ STUDENT = SamplingConfig(method="ddim", spacing="trailing", guidance_scale=1., n
     (dict(guidance_interval=(0.3, 3.)), "guidance_interval=(0.3, 3.0)")])
 def test_what_a_student_refuses(changes, named):
     "It knows its own times only, and its guidance is inside."
-    with pytest.raises(ValueError, match=f"student.*4 steps.*{re.escape(named)}"):
+    with pytest.raises(ValueError, match=f"student .* for num_inference_steps=4 .*{re.escape(named)}"):
         Config(student_steps=4, sampling=replace(STUDENT, **changes))
 
 
 def test_what_a_student_takes():
-    "Its own number of steps, and those whose times are among its own. The configuration survives JSON."
-    for n in (4, 2, 1): Config(student_steps=4, sampling=replace(STUDENT, num_inference_steps=n))
+    "Its own number of steps. The configuration survives JSON, and older ones have no such field."
     config = Config(student_steps=4, sampling=STUDENT)
     assert config_from_dict(asdict(config)) == config
     old = asdict(config)

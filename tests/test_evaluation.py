@@ -171,13 +171,14 @@ def test_the_small_model_that_comes_with_the_package():
     assert all(weight.isfinite().all() and weight.dtype == torch.float32 for weight in weights)
     with pytest.raises(ValueError, match="name must be one of"): load_pretrained("tiny")
 
-def test_the_student_that_comes_with_the_package():
-    "It has the network of its teacher, its own four steps, and other weights."
-    model, config = load_pretrained("small_few")
+@pytest.mark.parametrize("name, steps", [("small_few", 4), ("small_one", 1)])
+def test_the_students_that_come_with_the_package(name, steps):
+    "Each has the network of its teacher, its own number of steps, and other weights."
+    model, config = load_pretrained(name)
     teacher, of_teacher = load_pretrained()
     assert config.model == of_teacher.model and config.scheduler == of_teacher.scheduler
-    assert config.student_steps == config.inference_steps == 4 and config.sampling.method == "ddim"
-    assert PRETRAINED["small_few"].stat().st_size <= 8e6 and not model.training
+    assert config.student_steps == config.inference_steps == steps and config.sampling.method == "ddim"
+    assert PRETRAINED[name].stat().st_size <= 8e6 and not model.training
     assert all(weight.isfinite().all() for weight in model.state_dict().values())
     moved = sum((one - other).square().sum() for one, other in zip(model.parameters(), teacher.parameters()))
     assert 0.01 < moved.sqrt()/sum(weight.square().sum() for weight in teacher.parameters()).sqrt() < 1

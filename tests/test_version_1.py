@@ -66,6 +66,7 @@ def test_a_run_of_0_6_goes_on(tmp_path):
     for name, value in (("--base_channels", 8), ("--num_groups", 4), ("--head_dim", 8)):
         command[command.index(name) + 1] = value
     command.insert(command.index("--attention_resolutions") + 1, 7)
+    command += ["--time_distribution", "uniform"] # as in the preset `tiny` of that version
     with Launcher(tmp_path) as launcher: assert launcher.run(command) == (0, ANY)
     wanted = [json.loads(line) for line in (RUN/"metrics.jsonl").read_text().splitlines()]
     wanted = [line for line in wanted if line["step"] > 6]

@@ -7,8 +7,9 @@ usage: python tools/distill.py [--teacher CHECKPOINT] [--stages 8 4 2 1] [--firs
 The first student learns from the teacher with its own guidance, each other one from the student before it. A
 student that exists is not trained again, and one that was measured is not measured again. Every student is
 a file of averaged weights that `ddpm_sample --checkpoint` takes. --docs writes nbs/distill.json, and makes
-the student of four steps the network `small_few` of the package, with its card. --quick trains for two steps
-on the bundled images: it shows that the script works, but its figures mean nothing.
+the students of 4 steps and of 1 the networks `small_few` and `small_one` of the package, with cards.
+--quick trains for two steps on the bundled images: it shows that the script works, but its figures mean
+nothing.
 """
 import argparse
 import hashlib
@@ -31,25 +32,26 @@ from ddpm_tutorial.sampler import guided
 from ddpm_tutorial.training import new_state, train_steps
 from measuring import draw, in_short, load_result, real_images
 
-CARD = """# The student `small_few`
+SHIPPED = {4: "small_few", 1: "small_one"}
+CARD = """# The student `{name}`
 
-A U-Net of {weights:,} weights that draws clothes of 28x28 pixels in four steps, class by class. Averaged \
-weights in half precision, with the configuration in the file's metadata
-(`load_pretrained("small_few")`, or `ddpm_sample --checkpoint small_few`).
+A U-Net of {weights:,} weights that draws clothes of 28x28 pixels, class by class, with {calls} of the \
+network. Averaged weights in half precision, with the configuration in the file's metadata
+(`load_pretrained("{name}")`, or `ddpm_sample --checkpoint {name}`).
 
 - Distilled from `small` on the 60,000 training images of \
 [Fashion-MNIST](https://arxiv.org/abs/1708.07747) (MIT licence) by `python tools/distill.py`: {chain}; \
 {train_steps:,} steps of {batch_size} images each, learning rate {lr:g}, {precision}.
-- Draws with DDIM and trailing times in 4 steps, 2 or 1. The guidance of its teacher ({guidance}) is inside; \
-it has no other.
+- Draws with DDIM and trailing times. The guidance of its first teacher ({guidance}) is inside; it has no \
+other.
 - For learning: what holds for `small` holds for its student.
-- `small_few.safetensors` has {size:,} bytes, sha256 {sha}.
+- `{name}.safetensors` has {size:,} bytes, sha256 {sha}.
 
 ## Evaluation
 
-{num_samples:,} samples, mean over {seeds} seeds; "real" are as many test images that no model has seen.
+{num_samples:,} samples, {seeds_of}; "real" are as many test images that no model has seen.
 
-| | `small` | `small_few`, 4 steps | real |
+| | `small` | `{name}` | real |
 |---|---|---|---|
 """
 
@@ -117,23 +119,24 @@ def write_result(result, args):
     if args.docs: paths.append(Path(__file__).resolve().parent.parent/"nbs"/"distill.json")
     for path in paths: path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-def ship(teacher_config, result, args):
-    "Makes the student of four steps a network of the package."
-    stored = PRETRAINED["small_few"]
-    shutil.copyfile(args.output_dir/"4_steps.safetensors", stored)
-    model, _ = load_model(stored)
+def ship(steps, teacher_config, result, args):
+    "Makes a student a network of the package, with its card."
+    name, how = SHIPPED[steps], teacher_config.sampling
+    stored = PRETRAINED[name]
+    shutil.copyfile(args.output_dir/f"{steps}_steps.safetensors", stored)
     first = f"{args.first_teacher_steps*args.stages[0]} guided steps to {args.stages[0]}"
-    how = teacher_config.sampling
     guidance = f"scale {how.guidance_scale:g}"
     if how.guidance_interval: guidance += ", noise levels {:g} to {:g}".format(*how.guidance_interval)
-    card = CARD.format(weights=sum(p.numel() for p in model.parameters()), size=stored.stat().st_size,
-                       chain=", ".join([first, *(f"then to {n}" for n in args.stages[1:] if n >= 4)]),
+    card = CARD.format(name=name, weights=sum(p.numel() for p in load_model(stored)[0].parameters()),
+                       calls=f"{steps} calls" if steps > 1 else "one call", size=stored.stat().st_size,
+                       chain=", ".join([first, *(f"then to {n}" for n in args.stages[1:] if n >= steps)]),
                        sha=hashlib.sha256(stored.read_bytes()).hexdigest(), guidance=guidance,
+                       seeds_of=f"mean over {args.seeds} seeds" if args.seeds > 1 else "one seed",
                        **vars(args))
-    for name in ("class_agreement", "frechet_distance", "kernel_distance", "density", "coverage"):
-        means = [statistics.mean(row[name] for row in result["rows"] if row["name"] == which)
-                 for which in ("teacher", "student of 4")]
-        cells = [name.replace("_", " "), *(f"{value:.4g}" for value in (*means, result["real"][name]))]
+    for key in ("class_agreement", "frechet_distance", "kernel_distance", "density", "coverage"):
+        means = [statistics.mean(row[key] for row in result["rows"] if row["name"] == which)
+                 for which in ("teacher", f"student of {steps}")]
+        cells = [key.replace("_", " "), *(f"{value:.4g}" for value in (*means, result["real"][key]))]
         card += f"| {' | '.join(cells)} |\n"
     stored.with_suffix(".md").write_text(card, encoding="utf-8")
     print(card)
@@ -162,6 +165,6 @@ def main():
         measure(f"student of {steps}", model, student_settings, result, judge, args)
         weights = model
     write_result(result, args)
-    if args.docs: ship(config, result, args)
+    for steps in SHIPPED if args.docs else (): ship(steps, config, result, args)
 
 if __name__ == "__main__": main()

@@ -212,7 +212,7 @@ def load_model(
 
 # %% ../../nbs/11_checkpoint.ipynb #0bbfa5fe
 PRETRAINED = {name: files("ddpm_tutorial")/"assets"/f"{name}.safetensors"
-              for name in ("small", "small_few")} # the second draws in four steps (lesson 27)
+              for name in ("small", "small_few", "small_one")} # the others draw in 4 steps and 1 (lesson 27)
 
 def load_pretrained(
     name: str="small",      # a name in `PRETRAINED`

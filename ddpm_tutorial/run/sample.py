@@ -37,7 +37,7 @@ from ..unet import UNet
 @dataclass(frozen=True)
 class DrawOptions:
     "Options of every command that draws samples."
-    checkpoint: Path=Path("small")     # e.g. best_model.pth, or the name of a network of the package
+    checkpoint: Path|None=None         # e.g. best_model.pth; small (default), small_few, small_one: our own
     config: Path|None=None             # config.json of the run; must agree with the one in the checkpoint
     guidance_scale: float|None=None    # 0 unconditional, 1 conditional, more exaggerates; default: as trained
     guidance_interval: tuple[float, float]|None=None # guide at these noise levels only; default: as trained
@@ -193,7 +193,7 @@ def model_to_draw(
     device: torch.device
 ) -> tuple[UNet, Config]:
     "The model, and its configuration as changed by the options. Raises `ConfigError` or `CheckpointError`."
-    path = PRETRAINED.get(str(options.checkpoint), options.checkpoint)
+    path = PRETRAINED.get(str(options.checkpoint or "small"), options.checkpoint)
     if not path.exists():
         raise ConfigError(f"checkpoint {path} is not there; a run leaves its checkpoints in "
                           f"<output_dir>/checkpoints, and the package has {', '.join(PRETRAINED)}")
@@ -213,8 +213,8 @@ def describe_sampling(
     config: Config # of `model_to_draw`
 ) -> str:
     "Says in a few words how the samples are drawn."
-    how, name = config.sampling, options.checkpoint.name
-    if str(options.checkpoint) in PRETRAINED: name = f"the trained {name}"
+    how, checkpoint = config.sampling, options.checkpoint or Path("small")
+    name = f"the trained {checkpoint}" if str(checkpoint) in PRETRAINED else checkpoint.name
     parts = [name, how.method, f"{config.inference_steps} steps"]
     if config.classes: parts.append(f"guidance {how.guidance_scale:g}")
     if config.classes and how.guidance_interval:
@@ -225,10 +225,10 @@ def describe_sampling(
     return ", ".join([*parts, weights, f"seed {options.seed}"])
 
 def run_folder(
-    checkpoint: Path # or the name of a network of the package, for which it is `outputs/<name>`
+    checkpoint: Path|None # default: `small`
 ) -> Path:
-    "The folder of the run that a checkpoint belongs to."
-    if str(checkpoint) in PRETRAINED: return Path("outputs")/checkpoint
+    "The folder of the run that a checkpoint belongs to; for a network of the package `outputs/<name>`."
+    if str(checkpoint or "small") in PRETRAINED: return Path("outputs")/(checkpoint or "small")
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 def output_file(
