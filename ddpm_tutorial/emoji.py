@@ -97,7 +97,7 @@ def _looks_new(images: Tensor) -> Tensor: # uint8 (n, 3, 64, 64) -> bool (n,)
     return ~(distances < 588*0.3**2).tril(diagonal=-1).any(dim=1)
 
 def _draw_all(size: int) -> tuple[Tensor, list[str]]: # uint8 (n, 3, size, size), and the characters of each
-    "Each picture once, under its shortest name. Emoji that the font lacks (empty, or made of two) are left out."
+    "Each picture once, under its shortest name. What the font lacks (empty, or made of two) is left out."
     widest = 1.5*_font(100).getlength("😀")
     texts = [emoji.text for emoji in sorted(list_emoji(), key=lambda emoji: len(emoji.name))
              if _font(100).getlength(emoji.text) < widest]

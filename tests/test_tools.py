@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+
+from ddpm_tutorial.data import load_sample
+from ddpm_tutorial.run.checkpoint import load_model
 
 TOOLS = Path(__file__).parent.parent/"tools"
 
@@ -88,3 +92,37 @@ def test_emoji(tmp_path):
     before = checkpoint.stat().st_mtime_ns
     run(*command, cwd=tmp_path)
     assert checkpoint.stat().st_mtime_ns == before
+
+def test_distill(tmp_path):
+    "A student for each stage, measured beside its teacher; a second call trains and measures nothing again."
+    command = ["distill.py", "--quick", "--stages", "2", "1", "--output_dir", "out"]
+    said = run(*command, cwd=tmp_path)
+    result = json.loads((tmp_path/"out"/"distill.json").read_text())
+    assert [(row["name"], row["steps"]) for row in result["rows"]] == [
+        ("teacher", 2), ("student of 2", 2), ("student of 1", 1)]
+    assert result["training_seconds"].keys() == {"2", "1"} and "student of 1, seed 0" in said
+    for steps in (2, 1):
+        assert load_model(tmp_path/"out"/f"{steps}_steps.safetensors")[1].student_steps == steps
+    before = (tmp_path/"out"/"2_steps.safetensors").stat().st_mtime_ns
+    assert "seed 0" not in run(*command, cwd=tmp_path)
+    assert (tmp_path/"out"/"2_steps.safetensors").stat().st_mtime_ns == before
+
+def test_generalisation(tmp_path):
+    "Two halves without a common image: a row for each, and how far their samples lie apart."
+    run("generalisation.py", "--quick", "--only", "100 a", "100 b", "--output_dir", "out", cwd=tmp_path)
+    found = json.loads((tmp_path/"out"/"generalisation.json").read_text())
+    assert [(row["name"], row["images"], len(row["looks"])) for row in found["rows"]] == [
+        ("100 a", 100, 2), ("100 b", 100, 2)]
+    assert all(0 <= look["closer"] <= 1 for row in found["rows"] for look in row["looks"])
+    assert found["halves"].keys() == {"100"} and found["halves"]["100"]["same_noise"] > 0
+    with np.load(tmp_path/"out"/"generalisation.npz") as arrays:
+        assert arrays["100 a"].shape == (20, 1, 28, 28)
+    sys.path.insert(0, str(TOOLS))
+    try: import generalisation
+    finally: sys.path.remove(str(TOOLS))
+    data = load_sample()
+    mine, other = generalisation.images_for("100 a", data)
+    theirs, _ = generalisation.images_for("100 b", data)
+    assert torch.equal(theirs.images, other.images)
+    def seen(part): return {image.numpy().tobytes() for image in part.images}
+    assert not seen(mine) & seen(theirs)
