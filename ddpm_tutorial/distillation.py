@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .sampler import predict, predict_x0
+from .sampler import predict_x0
 from .scheduler import NoiseScheduler, check_batch
+from .training import diffusion_loss
 
 # %% ../nbs/27_few_steps.ipynb #27-solve
 def x0_of_step(
@@ -53,7 +54,7 @@ def distillation_objective(
                 seen = predict_x0(teacher, scheduler, x, now, clip_sample, cond)
                 x = scheduler.add_noise(seen, scheduler.implied_noise(seen, x, now), then)
         wanted = x0_of_step(scheduler, x_t, x, t, times[first + teacher_steps])
-        target = scheduler.target(wanted, scheduler.implied_noise(wanted, x_t, t), t)
-        losses = (predict(model, x_t, t, cond).float() - target).square().flatten(1).mean(dim=1)
+        noise = scheduler.implied_noise(wanted, x_t, t)    # together the two make x_t, which the student sees
+        losses = diffusion_loss(model, scheduler, wanted, t=t, noise=noise, **cond)
         return losses, t.double()/len(scheduler)
     return objective

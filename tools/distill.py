@@ -11,7 +11,6 @@ the students of 4 steps and of 1 the networks `small_few` and `small_one` of the
 --quick trains for two steps on the bundled images: it shows that the script works, but its figures mean
 nothing.
 """
-import argparse
 import hashlib
 import json
 import shutil
@@ -30,7 +29,7 @@ from ddpm_tutorial.run.config import SamplingConfig
 from ddpm_tutorial.run.device import choose_precision, new_model
 from ddpm_tutorial.sampler import guided
 from ddpm_tutorial.training import new_state, train_steps
-from measuring import draw, in_short, load_result, real_images
+from measuring import draw, in_short, load_result, parse_folder_arguments, real_images
 
 SHIPPED = {4: "small_few", 1: "small_one"}
 CARD = """# The student `{name}`
@@ -78,9 +77,7 @@ def distil(path, teacher, first_weights, config, teacher_steps, data, args):
     save_weights(path, state.ema.state_dict(), config)
     return load_model(path)[0], time.perf_counter() - start
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser):
     parser.add_argument("--teacher", type=Path, default=None)
     parser.add_argument("--stages", type=int, nargs="+", default=[8, 4, 2, 1])
     parser.add_argument("--first_teacher_steps", type=int, default=4)
@@ -89,14 +86,9 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=1000)
-    parser.add_argument("--data_root", type=Path, default=None)
-    parser.add_argument("--output_dir", type=Path, default=None)
-    parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
-    if args.output_dir is None:
-        args.output_dir = Path("outputs")/("distill_quick" if args.quick else "distill")
+
+def parse_arguments():
+    args = parse_folder_arguments(__doc__, "distill", add_options)
     if args.quick: args.train_steps, args.num_samples, args.seeds = 2, 20, 1
     args.precision = choose_precision("auto", torch.device("cpu"))
     return args

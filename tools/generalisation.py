@@ -9,7 +9,6 @@ exists is not measured again. --only takes some of the trainings, so that two ca
 thread each). --docs writes nbs/generalisation.json and nbs/generalisation.npz. --quick trains for a few steps
 on the bundled images: it shows that the script works, but its figures mean nothing.
 """
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ddpm_tutorial.run.config import PRESETS
 from ddpm_tutorial.run.device import choose_precision, new_model
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import new_state, random_generator, train_steps
+from measuring import parse_folder_arguments
 
 # name: number of training images, which half, width of the network
 TRAININGS = {"10 a": (10, 0, 64), "100 a": (100, 0, 64), "100 b": (100, 1, 64), "1000 a": (1000, 0, 64),
@@ -62,19 +62,8 @@ def train_and_look(name, data, num_samples, steps):
         print(name, looks[-1], flush=True)
     return dict(name=name, images=len(own), width=width, looks=looks), samples
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", type=Path, default=None)
-    parser.add_argument("--output_dir", type=Path, default=None)
+def add_options(parser):
     parser.add_argument("--only", nargs="+", choices=list(TRAININGS), default=list(TRAININGS))
-    parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
-    if args.output_dir is None:
-        args.output_dir = Path("outputs")/("generalisation_quick" if args.quick else "generalisation")
-    return args
 
 def collect(folder):
     "All rows that are there, in the order of TRAININGS, how alike two halves are, and some samples of each."
@@ -93,7 +82,7 @@ def collect(folder):
     return dict(rows=rows, halves=halves), pictures
 
 def main():
-    args = parse_arguments()
+    args = parse_folder_arguments(__doc__, "generalisation", add_options)
     data = load_sample("train") if args.quick else load_fashion_mnist(args.data_root, "train")
     steps, num_samples = ((1, 2), 20) if args.quick else (LOOKS, 200)
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,19 @@ def parse_arguments(doc, name, quick_samples, add_more=lambda parser: None):
     if args.quick: args.num_samples = quick_samples
     return args
 
+def parse_folder_arguments(doc, name, add_more):
+    "Options of a script that keeps its trainings in outputs/`name`."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_root", type=Path, default=None)
+    parser.add_argument("--output_dir", type=Path, default=None)
+    parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    add_more(parser)
+    args = parser.parse_args()
+    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
+    if args.output_dir is None: args.output_dir = Path("outputs")/(f"{name}_quick" if args.quick else name)
+    return args
+
 def real_images(args):
     "Training images, and test images."
     if args.quick: return load_sample("train"), load_sample("test")
