@@ -1,16 +1,16 @@
-"tools/bench.py with --quick: every contestant is in every race, and the report follows from the data."
+"""tools/bench.py with --quick: every contestant is in every race, and the report follows from the data.
+
+tools/bench_quality.py with --quick: every contestant trains, draws and is measured.
+"""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ddpm_tutorial.data import load_sample, to_float
+from scripts import TOOLS, run_script
 
 pytest.importorskip("denoising_diffusion_pytorch")
-SCRIPT = Path(__file__).parent.parent/"tools"/"bench.py"
 NETWORKS = {"ours", "diffusers, 1 layer", "diffusers, 2 layers", "lucidrains"}
 RACES = {"training": NETWORKS, "forward": NETWORKS, "guided samples": NETWORKS - {"lucidrains"},
          "batches": {"ours", "torchvision, DataLoader"}}
@@ -18,18 +18,16 @@ RACES = {"training": NETWORKS, "forward": NETWORKS, "guided samples": NETWORKS -
 @pytest.fixture
 def bench(monkeypatch):
     "The script as a module."
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(TOOLS)
     import bench
     return bench
 
 def test_quick(tmp_path):
     "The bundled images, no network: a row for each contestant, right ratios, the same numbers in the table."
-    command = [sys.executable, SCRIPT, "--quick", "--output_dir", tmp_path/"out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    said = run_script("bench.py", "--quick", "--output_dir", tmp_path/"out", cwd=tmp_path)
     result = json.loads((tmp_path/"out"/"bench.json").read_text())
     text = (tmp_path/"out"/"bench.md").read_text(encoding="utf-8")
-    assert done.stdout.split() == text.split()
+    assert said.split() == text.split()
     assert (tmp_path/"out"/"bench.png").read_bytes().startswith(b"\x89PNG")
     lines = text.splitlines()
     for what, names in RACES.items():
@@ -72,3 +70,22 @@ def test_loaders_hand_out_the_same(bench, tmp_path):
         x, label = dataset[i]
         assert label == data.labels[i]
         torch.testing.assert_close(x, to_float(data.images[i]))
+
+def test_quality(tmp_path):
+    """Each contestant is trained and judged, and each program leaves its pictures.
+
+    A second call measures nothing again.
+    """
+    command = ["bench_quality.py", "--quick", "--output_dir", "out"]
+    said = run_script(*command, cwd=tmp_path)
+    result = json.loads((tmp_path/"out"/"bench_quality.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows.keys() == {"ours", "diffusers", "lucidrains", "diffusers, our learning rate"}
+    assert all(row["steps"] == 2 and row["training_seconds"] > 0 and row["frechet_distance"] > 0
+               for row in rows.values())
+    assert 0 <= rows["ours"]["class_agreement"] <= 1 and "class_agreement" not in rows["lucidrains"]
+    assert len(result["first_pictures"]) == 4
+    assert all(seconds > 0 for (seconds,) in result["first_pictures"].values())
+    assert said.count("to the first 16 pictures") == 4 and "diffusers: 2 steps" in said
+    assert "2 steps in" not in run_script(*command, cwd=tmp_path)
+    assert json.loads((tmp_path/"out"/"bench_quality.json").read_text()) == result

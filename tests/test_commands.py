@@ -461,7 +461,7 @@ def test_a_folder_for_a_checkpoint(run, capsys):
     ("small", ["--num_inference_steps", 2], "dpm++, 2 steps, guidance 1.3"),
     (None, ["--num_inference_steps", 2], "dpm++, 2 steps"),
     ("small_few", [], "ddim, 4 steps, guidance 1, spacing trailing"),
-    ("small_one", [], "ddim, 1 steps, guidance 1, spacing trailing")])
+    ("small_one", [], "ddim, 1 step, guidance 1, spacing trailing")])
 def test_a_network_of_the_package_by_its_name(tmp_path, monkeypatch, capsys, name, args, says):
     "Its pictures go into a folder of its name. Without a name it is `small`."
     monkeypatch.chdir(tmp_path)

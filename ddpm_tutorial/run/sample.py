@@ -215,7 +215,7 @@ def describe_sampling(
     "Says in a few words how the samples are drawn."
     how, checkpoint = config.sampling, options.checkpoint or Path("small")
     name = f"the trained {checkpoint}" if str(checkpoint) in PRETRAINED else checkpoint.name
-    parts = [name, how.method, f"{config.inference_steps} steps"]
+    parts = [name, how.method, f"{config.inference_steps} step{'s'*(config.inference_steps > 1)}"]
     if config.classes: parts.append(f"guidance {how.guidance_scale:g}")
     if config.classes and how.guidance_interval:
         parts.append("at noise levels from {:g} to {:g}".format(*how.guidance_interval))
