@@ -11,7 +11,7 @@ help:
 	@echo "make test     everything that must hold: export, lint, notebooks, unit tests"
 	@echo "make soak     kill a run 200 times, and look for a lost checkpoint (minutes)"
 	@echo "make lessons  run every lesson in JupyterLab in a browser (minutes)"
-	@echo "make bench    measure speed, memory and quality against diffusers and lucidrains (an hour on two cores)"
+	@echo "make bench    measure speed, memory and quality against diffusers and lucidrains (over an hour on two cores)"
 	@echo "make lab      open the course in JupyterLab"
 	@echo "make docs     build the site into _docs, without a network (Python 3.11 or newer)"
 	@echo "make wheel    build the package and try it in a clean environment"

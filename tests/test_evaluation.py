@@ -1,10 +1,8 @@
 "The measures against formulas worked out in another way, and the command as a user types it."
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from ddpm_tutorial.run.checkpoint import (PRETRAINED, CheckpointError, load_mode
 from ddpm_tutorial.likelihood import flow_bits
 from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from ddpm_tutorial.run.device import new_model
+from scripts import run_script
 
 def points(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
@@ -390,10 +389,8 @@ def test_results_in_quick_form(tmp_path):
 
     Copies are found, mirrored ones are not. A second call draws nothing.
     """
-    script = Path(__file__).parent.parent/"tools"/"results.py"
-    command_line = [sys.executable, script, "--quick", "--seeds", "2", "--output", "found.json"]
     def run():
-        return subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return run_script("results.py", "--quick", "--seeds", "2", "--output", "found.json", cwd=tmp_path)
     assert run().count("seed 1") == 5
     result = json.loads((tmp_path/"found.json").read_text())
     rows = {(row["what"], row["seed"]): row for row in result["rows"]}

@@ -3,8 +3,6 @@
 And what no page may have: a broken link, a picture without a description, a raw directive.
 """
 import re
-import subprocess
-import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +12,7 @@ import pytest
 
 pytest.importorskip("smalldocs")
 from browser import chromium, needed, playwright
+from scripts import run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,8 +25,7 @@ class Silent(SimpleHTTPRequestHandler):
 def site(tmp_path_factory):
     "The folder of the finished pages. Broken links between pages end the build."
     folder = tmp_path_factory.mktemp("built")/"site"
-    done = subprocess.run([sys.executable, ROOT/"tools"/"docs.py", folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script("docs.py", folder, cwd=ROOT)
     return folder
 
 

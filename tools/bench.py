@@ -131,21 +131,26 @@ def our_samples(precision, labels, steps):
         return len(labels)
     return work
 
+@torch.no_grad()
+def guided_samples(model, call, scheduler, labels, precision, **options):
+    "Samples of a network of diffusers. The options are those of `scheduler.step`."
+    both = torch.cat([torch.full_like(labels, NULL_LABEL), labels])
+    x = torch.randn(len(labels), 1, 28, 28, device=labels.device)
+    for t in scheduler.timesteps:
+        with autocast(x.device, precision):
+            without, with_label = call(model, torch.cat([x, x]), t, both).float().chunk(2)
+        guided = without + SMALL.sampling.guidance_scale*(with_label - without)
+        x = scheduler.step(guided, t, x, **options).prev_sample
+    return x
+
 def their_samples(contestant, precision, labels, steps):
     "The same in the loop of diffusers' pipelines: one batch holds both halves of the guidance."
     model, call = build(contestant, precision, labels.device)
     scheduler = DDIMScheduler(**DIFFUSION, prediction_type="v_prediction")
     model.eval()
     scheduler.set_timesteps(steps, device=labels.device)
-    both = torch.cat([torch.full_like(labels, NULL_LABEL), labels])
-    @torch.no_grad()
     def work():
-        x = torch.randn(len(labels), 1, 28, 28, device=labels.device)
-        for t in scheduler.timesteps:
-            with autocast(x.device, precision):
-                without, with_label = call(model, torch.cat([x, x]), t, both).chunk(2)
-            guided = without + SMALL.sampling.guidance_scale*(with_label - without)
-            x = scheduler.step(guided, t, x).prev_sample
+        guided_samples(model, call, scheduler, labels, precision)
         return len(labels)
     return work
 

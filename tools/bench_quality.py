@@ -24,14 +24,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from denoising_diffusion_pytorch import GaussianDiffusion
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 from torch.nn import functional as F
 
-from bench import NULL_LABEL, SMALL, build
+from bench import NULL_LABEL, SMALL, build, guided_samples
 from ddpm_tutorial.data import CLASSES, ImageData, batches, to_uint8
 from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classifier, matched_subset
 from ddpm_tutorial.run.device import choose_precision, new_model
@@ -82,29 +82,20 @@ def diffusers(data, precision, sampling_steps=50, lr=1e-4):
             optimizer.zero_grad()
             ema.step(model.parameters())
             yield
-    @torch.no_grad()
     def draw(labels):
         model.eval()
         ema.copy_to(model.parameters())
-        images = []
-        for part in labels.split(250):
-            solver = DDIMScheduler.from_config(scheduler.config)
-            solver.set_timesteps(sampling_steps)
-            x, both = torch.randn(len(part), 1, 28, 28), torch.cat([torch.full_like(part, NULL_LABEL), part])
-            for t in solver.timesteps:
-                with autocast_to(precision, CPU): output = call(model, torch.cat([x, x]), t, both).float()
-                without, with_label = output.chunk(2)
-                guided = without + SMALL.sampling.guidance_scale*(with_label - without)
-                # the noise that belongs to the clipped x0, as ours does: without it most images saturate
-                x = solver.step(guided, t, x, use_clipped_model_output=True).prev_sample
-            images.append(to_uint8(x))
-        return torch.cat(images)
+        solver = DDIMScheduler.from_config(scheduler.config)
+        solver.set_timesteps(sampling_steps)
+        # the noise that belongs to the clipped x0, as in ours: without it most images saturate
+        return torch.cat([to_uint8(guided_samples(model, call, solver, part, precision,
+                                                  use_clipped_model_output=True))
+                          for part in labels.split(250)])
     return steps, draw
 
 def lucidrains(data, precision, sampling_steps=50):
     "The defaults of `GaussianDiffusion` and of its `Trainer`. No labels."
-    torch.manual_seed(0)
-    network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1, flash_attn=True)
+    network, _ = build("lucidrains", precision, CPU)
     diffusion = GaussianDiffusion(network, image_size=28, sampling_timesteps=sampling_steps)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
@@ -189,7 +180,7 @@ def prepare_pictures(folder):
     network = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 128),
                           down_block_types=["DownBlock2D"]*3, up_block_types=["UpBlock2D"]*3)
     DDIMPipeline(network, DDIMScheduler()).save_pretrained(folder/"pipeline")
-    model = GaussianDiffusion(Unet(dim=32, dim_mults=(1, 2, 4), channels=1, flash_attn=True), image_size=28)
+    model = GaussianDiffusion(build("lucidrains", "fp32", CPU)[0], image_size=28)
     torch.save(model.state_dict(), folder/"lucidrains.pt")
 
 def first_pictures(quick):

@@ -7,7 +7,6 @@ usage: python tools/likelihood.py [--num_images 8000] [--num_flow 500] [--data_r
 Takes half an hour on two cores. --docs writes nbs/likelihood.json. --quick takes few images of the
 bundled ones and few steps: it shows that the script works, but its figures mean nothing.
 """
-import argparse
 import io
 import json
 import lzma
@@ -24,6 +23,7 @@ from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision, new_model
 from ddpm_tutorial.scheduler import NoiseScheduler
 from ddpm_tutorial.training import TrainConfig, new_state, random_generator, train_steps
+from measuring import parse_common
 
 def mean_and_error(values):
     return [values.mean().item(), (values.std()/len(values)**0.5).item()]
@@ -83,17 +83,13 @@ def learn_variance(model, config, data, steps):
             print(f"learning the variance: step {step.step}, loss {step.loss:.4f}", flush=True)
     return partial(state.ema, with_variance=True)
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser):
     parser.add_argument("--num_images", type=int, default=8000)
     parser.add_argument("--num_flow", type=int, default=500)
-    parser.add_argument("--data_root", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=Path("outputs/likelihood.json"))
-    parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
+
+def parse_arguments():
+    args = parse_common(__doc__, add_options)
     if args.docs: args.output = Path(__file__).resolve().parent.parent/"nbs"/"likelihood.json"
     if args.quick: args.num_images, args.num_flow = 20, 4
     return args

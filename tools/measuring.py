@@ -7,32 +7,35 @@ from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_samp
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import Stream, random_generator
 
-def parse_arguments(doc, name, quick_samples, add_more=lambda parser: None):
-    "Options of a script that writes outputs/`name`, or nbs/`name` for the lessons."
+def parse_common(doc, add_more):
+    "The options of every such script, and those that `add_more` adds to the parser."
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num_samples", type=int, default=1000)
+    add_more(parser)
     parser.add_argument("--data_root", type=Path, default=None)
-    parser.add_argument("--output", type=Path, default=Path("outputs")/name)
     parser.add_argument("--docs", action="store_true")
     parser.add_argument("--quick", action="store_true")
-    add_more(parser)
     args = parser.parse_args()
     if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
+    return args
+
+def parse_arguments(doc, name, quick_samples, add_more=lambda parser: None):
+    "Options of a script that writes outputs/`name`, or nbs/`name` for the lessons."
+    def add_options(parser):
+        parser.add_argument("--seeds", type=int, default=3)
+        parser.add_argument("--num_samples", type=int, default=1000)
+        parser.add_argument("--output", type=Path, default=Path("outputs")/name)
+        add_more(parser)
+    args = parse_common(doc, add_options)
     if args.docs: args.output = Path(__file__).resolve().parent.parent/"nbs"/name
     if args.quick: args.num_samples = quick_samples
     return args
 
 def parse_folder_arguments(doc, name, add_more):
     "Options of a script that keeps its trainings in outputs/`name`."
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", type=Path, default=None)
-    parser.add_argument("--output_dir", type=Path, default=None)
-    parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    add_more(parser)
-    args = parser.parse_args()
-    if args.quick and args.docs: parser.error("--quick measures nothing that belongs in the docs")
+    def add_options(parser):
+        add_more(parser)
+        parser.add_argument("--output_dir", type=Path, default=None)
+    args = parse_common(doc, add_options)
     if args.output_dir is None: args.output_dir = Path("outputs")/(f"{name}_quick" if args.quick else name)
     return args
 
