@@ -47,6 +47,6 @@ def heun_steps(
                          skip_zero=skip_zero, **cond)
 
 # %% ../nbs/25_flow_matching.ipynb #25-methods
-# all take the same arguments and yield the same kind of steps
+# all take these arguments and yield the same kind of steps; ddim and dpm++ have an eta, too
 METHODS = {"ddpm": ddpm_steps, "ddim": ddim_steps, "dpm++": dpm_solver_steps, "heun": heun_steps}
 DEFAULT_STEPS = {"ddpm": None, "ddim": 50, "dpm++": 30, "heun": 18} # None: all

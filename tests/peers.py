@@ -77,9 +77,9 @@ def ddim_step(theirs, output, t, prev_t, x, eta, noise):
 def diffusers_dpm_solver(schedule, T, times, **settings):
     "DPM-Solver++(2M) at these times, with noise levels in float64. Its steps still convert x to float32."
     theirs = DPMSolverMultistepScheduler(
-        T, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
+        T, solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
         lower_order_final=True, lambda_min_clipped=-float("inf"), thresholding=False,
-        **betas_of(schedule, T), **settings)
+        **{"algorithm_type": "dpmsolver++", **betas_of(schedule, T), **settings})
     theirs.set_timesteps(timesteps=times)
     a = exact_products(schedule, T)[times]
     theirs.sigmas = torch.cat([((1 - a)/a).sqrt(), torch.zeros(1, dtype=torch.float64)])

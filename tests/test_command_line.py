@@ -78,13 +78,15 @@ ALLOWED = {
         max_steps=at_least(1), batch_size=at_least(1), warmup_steps=at_least(0), seed=seed,
         accumulate=between(1, 64),                          # at most the batch
         lr=above(0), grad_clip=above(0), weight_decay=not_negative, label_dropout=share, ema_decay=share,
-        guidance_scale=not_negative, num_inference_steps=between(1, 500), method=one_of(*METHODS),
-        schedule=one_of("linear", "cosine", "flow"), shift=between(0.001, 1000),
-        spacing=one_of(*SPACINGS), guidance_interval=rising,
+        guidance_scale=not_negative, num_inference_steps=between(1, 500),
+        method=one_of("ddim", "dpm++"),                     # the others refuse the eta of `small`
+        schedule=one_of("linear", "cosine", "flow"),
+        shift=between(0.001, 200),                          # leaves times to guide: levels 0.3 to 2
+        spacing=one_of(*SPACINGS), guidance_interval=rising, eta=between(0, 1),
         prediction_type=one_of("epsilon", "sample", "v_prediction", "flow"),
         time_mean=one_of(None), time_std=one_of(None),      # of other times, and of a weight
         time_distribution=one_of(*TIME_DISTRIBUTIONS), loss_weight=one_of(*LOSS_WEIGHTS),
-        min_snr_gamma=one_of(None), variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(1),
+        min_snr_gamma=one_of(None), variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(2),
         image_size=at_least(8),                             # leaves 2 pixels for the last of three levels
         patch_size=one_of(1, 2, 4),                         # divides 28, and leaves as many
         in_channels=at_least(1), num_classes=at_least(0), num_res_blocks=at_least(1),
@@ -99,14 +101,14 @@ ALLOWED = {
         clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS), num_samples=at_least(1),
         class_label=at_least(0), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
         guidance_scale=not_negative, spacing=one_of(None, *SPACINGS),
-        guidance_interval=rising),
+        guidance_interval=rising, eta=between(0, 1)),
     "ddpm_evaluate": dict(
         checkpoint=anything, config=anything, data_root=anything, device=anything,
         samples=ends_in(".npz"), output=ends_in(".json"), data=one_of("fashion_mnist", "sample"),
         method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS),
         num_samples=at_least(20), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
         guidance_scale=not_negative, spacing=one_of(None, *SPACINGS),
-        guidance_interval=rising),
+        guidance_interval=rising, eta=between(0, 1)),
     "ddpm_check": dict(
         config=one_of(*PRESETS), data=anything, resize=between(8, 4096), data_root=anything, device=anything,
         precision=one_of(*PRECISIONS)),
@@ -256,7 +258,7 @@ def is_valid(command, options):
     values, kinds = values_of(options), OPTIONS[command]
     depends = {"num_steps", "num_inference_steps", "image_size", "patch_size", "base_channels",
                "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "accumulate",
-               "output"}
+               "output", "method"}
     for name, kind in kinds.items():
         kind, optional = describe_kind(kind)
         value = values[name]
@@ -270,6 +272,7 @@ def is_valid(command, options):
         assert set(values["attention_resolutions"]) <= set(levels) and levels[-1] >= 2
         assert values["image_size"] % values["patch_size"] == 0 and min(values["channel_multipliers"]) >= 1
         assert 1 <= values["accumulate"] <= values["batch_size"]
+        assert values["method"] in (METHODS if values["eta"] == 0 else ("ddim", "dpm++"))
         steps = len(options.settings.scheduler.build())
         assert 1 <= options.settings.inference_steps <= values["num_steps"] == steps
     if command == "ddpm_sample" and values["output"]:

@@ -458,7 +458,8 @@ def test_a_folder_for_a_checkpoint(run, capsys):
     assert "is a folder" in capsys.readouterr().err
 
 @pytest.mark.parametrize("name, args, says", [
-    ("small", ["--num_inference_steps", 2], "dpm++, 2 steps, guidance 1.3"),
+    ("small", ["--num_inference_steps", 2],
+     "dpm++, 2 steps, guidance 2.2, at noise levels from 0.3 to 2, eta 0.7, averaged"),
     (None, ["--num_inference_steps", 2], "dpm++, 2 steps"),
     ("small_few", [], "ddim, 4 steps, guidance 1, spacing trailing"),
     ("small_one", [], "ddim, 1 step, guidance 1, spacing trailing")])
@@ -471,6 +472,26 @@ def test_a_network_of_the_package_by_its_name(tmp_path, monkeypatch, capsys, nam
     assert (tmp_path/"outputs"/(name or "small")/"samples"/"grid.png").exists()
     assert command(sample, "--checkpoint", "smal") == 2
     assert "smal is not there" in (said := capsys.readouterr().err) and "small, small_few, small_one" in said
+
+def test_eta_belongs_to_its_method(tmp_path, monkeypatch, capsys):
+    "Another method leaves the eta of the training behind. One that was asked for is used, or refused."
+    monkeypatch.chdir(tmp_path)
+    short = ["--num_samples", 1, "--num_inference_steps", 2]
+    for args, says in (([], "eta 0.7"), (["--eta", 0.2], "eta 0.2"),
+                       (["--method", "ddim", "--eta", 1], "eta 1")):
+        assert command(sample, *short, *args) == 0
+        assert f", {says}, averaged weights" in capsys.readouterr().out
+    for args in (["--eta", 0], ["--method", "heun"], ["--method", "ddpm"]):
+        assert command(sample, *short, *args) == 0
+        assert "eta" not in capsys.readouterr().out
+    for args, says in ((["--method", "heun", "--eta", 0.5], "eta must be 0 for method heun, not 0.5"),
+                       (["--checkpoint", "small_few", "--eta", 0.5], "it cannot take eta=0.5"),
+                       (["--eta", 1.5], "eta must be in 0 ... 1, not 1.5")):
+        assert command(sample, "--num_samples", 1, *args) == 2
+        assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    settings = ["--data", "sample", "--config", "small", "--method", "heun"]
+    assert command(train, *settings) == 2
+    assert "eta must be 0 for method heun, not 0.7" in capsys.readouterr().err
 
 def test_a_student_on_the_command_line(tmp_path, monkeypatch, capsys):
     "It draws in its own number of steps, and refuses what it has not learned."

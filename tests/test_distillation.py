@@ -169,7 +169,7 @@ STUDENT = SamplingConfig(method="ddim", spacing="trailing", guidance_scale=1., n
     (dict(num_inference_steps=None), "num_inference_steps=None"),
     (dict(method="dpm++"), "method='dpm++'"), (dict(spacing="time"), "spacing='time'"),
     (dict(guidance_scale=2.), "guidance_scale=2.0"),
-    (dict(guidance_interval=(0.3, 3.)), "guidance_interval=(0.3, 3.0)")])
+    (dict(guidance_interval=(0.3, 3.)), "guidance_interval=(0.3, 3.0)"), (dict(eta=0.5), "eta=0.5")])
 def test_what_a_student_refuses(changes, named):
     "It knows its own times only, and its guidance is inside."
     with pytest.raises(ValueError, match=f"student .* for num_inference_steps=4 .*{re.escape(named)}"):

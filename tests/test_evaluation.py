@@ -163,8 +163,7 @@ def test_train_classifier_learns_and_repeats():
 def test_the_small_model_that_comes_with_the_package():
     "Its configuration is that of the preset, its file is small, and its weights are finite."
     model, config = load_pretrained()
-    assert config.model == PRESETS["small"].model
-    assert config.scheduler == PRESETS["small"].scheduler
+    assert config == PRESETS["small"]
     assert PRETRAINED["small"].stat().st_size <= 8e6 and not model.training
     weights = model.state_dict().values()
     assert all(weight.isfinite().all() and weight.dtype == torch.float32 for weight in weights)
@@ -218,7 +217,8 @@ def test_evaluate_the_shipped_model(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert result["samples"].keys() == result["real"].keys()
     assert result["num_images"] == 20 and result["num_reference"] == 1000
-    assert "the trained small, dpm++, 2 steps, guidance 1.3, averaged weights, seed 0" in said.out
+    how = "dpm++, 2 steps, guidance 2.2, at noise levels from 0.3 to 2, eta 0.7, averaged weights, seed 0"
+    assert f"the trained small, {how}" in said.out
     assert "20 images against 1,000 training images" in said.out
     assert f"{result['samples']['frechet_distance']:.4g}" in said.out and said.err == ""
     assert command(*QUICK, "--output", "again.json") == 0
@@ -391,14 +391,16 @@ def test_results_in_quick_form(tmp_path):
     """
     def run():
         return run_script("results.py", "--quick", "--seeds", "2", "--output", "found.json", cwd=tmp_path)
-    assert run().count("seed 1") == 5
+    assert run().count("seed 1") == 6
     result = json.loads((tmp_path/"found.json").read_text())
     rows = {(row["what"], row["seed"]): row for row in result["rows"]}
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert rows["guidance 2", 0]["frechet_distance"] != rows["guidance 2", 1]["frechet_distance"]
-    assert command(*QUICK, "--guidance_scale", 2, "--seed", 1, "--output", tmp_path/"a.json") == 0
-    expected = json.loads((tmp_path/"a.json").read_text())["samples"]["frechet_distance"]
-    assert rows["guidance 2", 1]["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    everywhere = ("--guidance_scale", 2, "--guidance_interval", 0, 1e6, "--eta", 0)
+    for what, options in (("guidance 2", everywhere), ("as it comes", ())):
+        assert command(*QUICK, *options, "--seed", 1, "--output", tmp_path/"a.json") == 0
+        expected = json.loads((tmp_path/"a.json").read_text())["samples"]["frechet_distance"]
+        assert rows[what, 1]["frechet_distance"] == pytest.approx(expected, rel=1e-6)
     near = result["nearest"]
     assert set(near["copies"]) == {0} and min(near["copies, one pixel to the right"]) > 0
     assert near["guidance 1.3"] == sorted(near["guidance 1.3"])

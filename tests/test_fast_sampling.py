@@ -4,6 +4,7 @@ They are compared with diffusers, with the formulas of the papers, and with a fl
 """
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,9 @@ import peers
 import reference
 from reference import PREDICTION_TYPES
 from ddpm_tutorial.fast_sampling import ddim_invert, ddim_steps, dpm_solver_steps
-from ddpm_tutorial.sampler import ddpm_steps, sample
+from ddpm_tutorial.run.config import PRESETS, SamplingConfig
+from ddpm_tutorial.run.device import new_model, sampling_steps
+from ddpm_tutorial.sampler import ddpm_steps, guided, sample
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig, cosine_betas, from_betas
 from ddpm_tutorial.solvers import DEFAULT_STEPS, METHODS, heun_steps
 
@@ -102,6 +105,35 @@ def test_dpm_solver_step_by_step(float64, schedule, prediction_type, clip, spaci
         expected = theirs.step(output, step.t, x).prev_sample
         scale = max(1., x.abs().max().item(), step.x0.abs().max().item())
         assert_close(step.x, expected, rtol=0, atol=2e-6*scale)   # diffusers makes x float32 in each step
+
+
+@pytest.mark.parametrize("spacing, n", [("time", 1), ("time", 2), ("time", 10), ("time", 100),
+                                        ("log_snr", 10)])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_dpm_solver_with_eta_1_step_by_step(float64, schedule, clip, spacing, n):
+    "With eta 1, every step from the same x and noise is that of SDE-DPM-Solver++ in diffusers."
+    scheduler, start = scheduler_of(schedule, "v_prediction"), torch.randn(SHAPE, generator=seeded(1))
+    steps, started = run_of(dpm_solver_steps, scheduler, start, n, clip_sample=clip, spacing=spacing, eta=1.)
+    theirs = peers.diffusers_dpm_solver(schedule, T, [step.t for step in steps], prediction_type="sample",
+                                        algorithm_type="sde-dpmsolver++")
+    fresh = seeded()
+    for step, x, (_, prev_t) in zip(steps, started, pairs_of(steps), strict=True):
+        noise = torch.randn(SHAPE, generator=fresh) if prev_t >= 0 else torch.zeros(SHAPE)
+        expected = theirs.step(step.x0, step.t, x, variance_noise=noise).prev_sample
+        scale = max(1., x.abs().max().item(), step.x0.abs().max().item())
+        assert_close(step.x, expected, rtol=0, atol=2e-6*scale)   # diffusers makes x float32 in each step
+
+
+@pytest.mark.parametrize("eta", [0., 0.4, 1.])
+@pytest.mark.parametrize("path", ["linear", "cosine", "flow"])
+def test_dpm_solver_and_ddim_share_their_eta(float64, path, eta):
+    "If x0 stands still there is no line to follow: DPM-Solver++ is DDIM with the same eta."
+    def knows_x0(x, t): return torch.full_like(x, 0.7)
+    scheduler, start = scheduler_of(path, "sample"), torch.randn(SHAPE, generator=seeded(1))
+    one, other = (run_of(method, scheduler, start, 9, knows_x0, eta=eta, spacing="log_snr")[0]
+                  for method in (dpm_solver_steps, ddim_steps))
+    for a, b in zip(one, other, strict=True): assert_close(a.x, b.x, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100])
@@ -366,8 +398,9 @@ def test_every_eta_keeps_the_distribution(eta):
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_eta_out_of_range(eta):
-    with pytest.raises(ValueError, match="eta must be in 0 ... 1"):
-        next(ddim_steps(lively, NoiseScheduler.cosine(T), SHAPE, generator=seeded(), eta=eta))
+    for method in (ddim_steps, dpm_solver_steps):
+        with pytest.raises(ValueError, match="eta must be in 0 ... 1"):
+            next(method(lively, NoiseScheduler.cosine(T), SHAPE, generator=seeded(), eta=eta))
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction", "flow"])
@@ -412,16 +445,15 @@ PATHS = {"linear": dict(schedule="linear"), "cosine": dict(schedule="cosine"), "
          "zero terminal SNR": dict(schedule="linear", zero_terminal_snr=True)}
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("path", PATHS)
-def test_moments_on_every_path(monkeypatch, float64, path, method):
-    """With the exact denoiser of N(0.3, 0.5^2), samples have this mean and standard deviation to 1e-3.
+def moments(monkeypatch, path, steps, method):
+    """Mean and standard deviation of samples, and how often noise was drawn.
 
-    A sample is then a linear function of the noises that were drawn. Row i of the batch is given a 1 as draw
+    The model is the exact denoiser of N(0.3, 0.5^2).
+
+    A sample is then a linear function of these noises. Row i of the batch is given a 1 as draw
     number i, and zeros otherwise: its distance from a row without any noise is the factor of that draw, and
-    the variance is the sum of the squared factors. Methods of first order need 5,000 steps for it.
+    the variance is the sum of the squared factors.
     """
-    steps = {ddpm_steps: 5000, ddim_steps: 5000}.get(method, 500)
     scheduler = SchedulerConfig(**PATHS[path], num_steps=steps, prediction_type="v_prediction").build()
     drawn = []
     def model(x, t):
@@ -433,13 +465,37 @@ def test_moments_on_every_path(monkeypatch, float64, path, method):
         draw[len(drawn)] = 1.
         drawn.append(None)
         return draw
-    draws = steps if method is ddpm_steps else 1
+    random = method is ddpm_steps or isinstance(method, partial)
     monkeypatch.setattr(torch, "randn", one_at_a_time)
-    x = sample(model, scheduler, (draws + 1, 1), generator=seeded(), method=method, clip_sample=False)
+    x = sample(model, scheduler, (steps*random + 2, 1), generator=seeded(), method=method, clip_sample=False)
     x = x.flatten()
-    mean, factors = x[-1], x[:-1] - x[-1]
-    assert len(drawn) == draws
-    assert abs(mean.item() - 0.3) < 1e-3 and abs(factors.square().sum().sqrt().item() - 0.5) < 1e-3
+    factors = x[:-1] - x[-1]
+    return x[-1].item(), factors.square().sum().sqrt().item(), len(drawn)
+
+
+EVERY_METHOD = METHODS | {f"dpm++, eta {eta}": partial(dpm_solver_steps, eta=eta) for eta in (0.7, 1.)}
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD.values(), ids=EVERY_METHOD)
+@pytest.mark.parametrize("path", PATHS)
+def test_moments_on_every_path(monkeypatch, float64, path, method):
+    """With the exact denoiser of Gaussian data, samples have its mean and standard deviation to 1e-3.
+
+    Methods of first order need 5,000 steps for it.
+    """
+    steps = {ddpm_steps: 5000, ddim_steps: 5000}.get(method, 500)
+    mean, std, draws = moments(monkeypatch, path, steps, method)
+    assert draws == (1 if method in (ddim_steps, dpm_solver_steps, heun_steps) else steps)
+    assert abs(mean - 0.3) < 1e-3 and abs(std - 0.5) < 1e-3
+
+
+@pytest.mark.parametrize("eta", [0.7, 1.])
+@pytest.mark.parametrize("path", ["linear", "flow"])
+def test_dpm_solver_with_fresh_noise_is_of_second_order(monkeypatch, float64, path, eta):
+    "With twice the steps, the standard deviation is four times closer to that of the data."
+    method = partial(dpm_solver_steps, eta=eta)
+    errors = [abs(moments(monkeypatch, path, n, method)[1] - 0.5) for n in (250, 500)]
+    assert 3 < errors[0]/errors[1] < 6
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 100])
@@ -617,3 +673,15 @@ def test_names():
     assert METHODS["ddpm"] is ddpm_steps and METHODS["ddim"] is ddim_steps
     assert METHODS["dpm++"] is dpm_solver_steps and METHODS["heun"] is heun_steps
     assert DEFAULT_STEPS["ddpm"] is None
+
+
+@pytest.mark.parametrize("method", ["ddim", "dpm++"])
+def test_eta_reaches_the_sampler(method):
+    "The steps of a configuration with an eta are those of its method with this eta."
+    config = replace(PRESETS["small"], sampling=SamplingConfig(method=method, eta=0.7, num_inference_steps=4))
+    model, labels = new_model(config), torch.arange(2)
+    *_, last = sampling_steps(model, config, 2, {"labels": labels}, generator=seeded())
+    expected = sample(guided(model, config.sampling.guidance_scale, model.null_cond), config.scheduler.build(),
+                      (2, 1, 28, 28), generator=seeded(), method=METHODS[method], num_inference_steps=4,
+                      eta=0.7, labels=labels)
+    assert torch.equal(last.x, expected)

@@ -1,8 +1,16 @@
 "The scripts that measure for hours, with --quick: they run, continue, and write what they found."
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from hashlib import sha256
 
+import pytest
+import torch
+
+from ddpm_tutorial.run.checkpoint import PRETRAINED, load_weights, save_weights
+from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from scripts import TOOLS, run_script
 
 def test_sampling_quality(tmp_path):
@@ -16,7 +24,7 @@ def test_sampling_quality(tmp_path):
     rows = {row["method"]: row for row in result["rows"]}
     methods = {"real", "ddpm", "ddim", "dpm++", "heun", "dpm++ whole stride"}
     methods |= {f"{method} {spacing}" for method in ("ddim", "dpm++") for spacing in ("log_snr", "karras")}
-    methods.add("ddim trailing")
+    methods |= {"ddim trailing", "dpm++ eta 0.7", "dpm++ eta 1"}
     assert rows.keys() == methods and result["num_samples"] == 40
     assert all(row["frechet_distance"] > 0 and 0 <= row["class_agreement"] <= 1 for row in rows.values())
     assert f"{rows['ddim']['frechet_distance']:.4f}" in said
@@ -48,3 +56,26 @@ def test_likelihood(tmp_path):
         assert abs(parts["total"][0] - total) < 1e-6 and 1 < total < 8 and parts["total"][1] > 0
     assert all(3 < bits < 8 for bits in found["coders"].values())
     assert 0 < found["label_bits"] < 0.01 and found["num_images"] == 20
+
+def test_pretrained_takes_the_settings_of_the_preset(tmp_path, monkeypatch, capsys):
+    "Without a run the weights stay; their settings of sampling, the card and the evaluations are new."
+    monkeypatch.syspath_prepend(TOOLS)
+    pretrained = importlib.import_module("pretrained")
+    weights, stored = tmp_path/"small.safetensors", tmp_path/"small.json"
+    before = load_weights(PRETRAINED["small"])
+    save_weights(weights, before["ema"], replace(before["config"], sampling=SamplingConfig()))
+    monkeypatch.setitem(PRETRAINED, "small", weights)
+    monkeypatch.setattr(pretrained, "STORED", stored)
+    stored.write_text(json.dumps({"metrics": [{"step": 1}], "evaluations": []}))
+    def facts(): return f"{weights.stat().st_size:,} bytes, sha256 {sha256(weights.read_bytes()).hexdigest()}"
+    weights.with_suffix(".md").write_text(f"It has {facts()}.\n\n## Evaluation\n\nold\n")
+    with pytest.raises(SystemExit, match="no evaluation.json"): pretrained.change_sampling(tmp_path)
+    found = dict(num_images=20, num_reference=100, what="drawn", samples={"coverage": 0.5},
+                 real={"coverage": 0.6})
+    (tmp_path/"evaluation.json").write_text(json.dumps(found))
+    pretrained.change_sampling(tmp_path)
+    after, card = load_weights(weights), weights.with_suffix(".md").read_text()
+    assert after["config"] == PRESETS["small"]
+    assert all(torch.equal(after["ema"][name], weight) for name, weight in before["ema"].items())
+    assert f"It has {facts()}." in card and "| coverage | 0.5 | 0.6 |" in card and "old" not in card
+    assert json.loads(stored.read_text()) == {"metrics": [{"step": 1}], "evaluations": [found]}

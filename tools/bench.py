@@ -39,6 +39,7 @@ from ddpm_tutorial.data import batches, default_data_root, load_fashion_mnist, l
 from ddpm_tutorial.run.config import PRESETS
 from ddpm_tutorial.run.device import choose_device, memory_mib, new_model, sampling_steps
 from ddpm_tutorial.training import diffusion_objective, new_state, train_steps
+from measuring import EVERYWHERE
 
 SMALL, PRECISIONS, NULL_LABEL = PRESETS["small"], ("fp32", "bf16"), 10
 # The layers are residual blocks on each level. The default of diffusers is 2.
@@ -123,7 +124,7 @@ def forward(contestant, precision, batch, device, compiled=False):
 def our_samples(precision, labels, steps):
     "Guided samples as `ddpm_sample --method ddim` draws them."
     model, generator = new_model(SMALL, labels.device).eval(), torch.Generator().manual_seed(0)
-    config = replace(SMALL, sampling=replace(SMALL.sampling, method="ddim", num_inference_steps=steps))
+    config = replace(SMALL, sampling=replace(EVERYWHERE, method="ddim", num_inference_steps=steps))
     def work():
         steps = sampling_steps(model, config, len(labels), {"labels": labels}, generator=generator,
                                precision=precision)
@@ -139,7 +140,7 @@ def guided_samples(model, call, scheduler, labels, precision, **options):
     for t in scheduler.timesteps:
         with autocast(x.device, precision):
             without, with_label = call(model, torch.cat([x, x]), t, both).float().chunk(2)
-        guided = without + SMALL.sampling.guidance_scale*(with_label - without)
+        guided = without + EVERYWHERE.guidance_scale*(with_label - without)
         x = scheduler.step(guided, t, x, **options).prev_sample
     return x
 

@@ -37,7 +37,7 @@ from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classi
 from ddpm_tutorial.run.device import choose_precision, new_model
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import Stream, autocast_to, new_state, random_generator, train_steps
-from measuring import load_result, parse_folder_arguments, real_images
+from measuring import EVERYWHERE, load_result, parse_folder_arguments, real_images
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def ours(data, precision, sampling_steps=30):
         config = replace(SMALL, train=train)
         yield from train_steps(state, data, config.build_objective(), train, precision)
     def draw(labels):
-        sampling = replace(SMALL.sampling, num_inference_steps=sampling_steps)
+        sampling = replace(EVERYWHERE, num_inference_steps=sampling_steps) # as the others are guided
         return draw_samples(state.ema, replace(SMALL, sampling=sampling), labels, precision=precision,
                             generator=random_generator(0, Stream.SAMPLES))
     return steps, draw

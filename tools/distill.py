@@ -1,7 +1,7 @@
 """Distils a trained network into students of fewer and fewer steps, and measures each of them. For lesson 27.
 
 usage: python tools/distill.py [--teacher CHECKPOINT] [--stages 8 4 2 1] [--first_teacher_steps 4]
-                               [--train_steps 400] [--lr 0.0005] [--data_root DIR] [--output_dir DIR]
+                               [--train_steps 1000] [--lr 0.0005] [--data_root DIR] [--output_dir DIR]
                                [--docs] [--quick]
 
 The first student learns from the teacher with its own guidance, each other one from the student before it. A
@@ -54,6 +54,13 @@ other.
 |---|---|---|---|
 """
 
+def describe(config):
+    "How the teacher draws. Its students learn its guidance."
+    how = config.sampling
+    at = " at noise levels {:g} to {:g}".format(*how.guidance_interval) if how.guidance_interval else ""
+    steps = f"{how.method}, {config.inference_steps} steps, eta {how.eta:g}"
+    return f"{steps}, guidance {how.guidance_scale:g}{at}"
+
 def student_config(teacher_config, num_inference_steps, args):
     "The settings of a student: how it is trained, and the one way in which it draws."
     sampling = SamplingConfig(guidance_scale=1., method="ddim", spacing="trailing",
@@ -81,7 +88,7 @@ def add_options(parser):
     parser.add_argument("--teacher", type=Path, default=None)
     parser.add_argument("--stages", type=int, nargs="+", default=[8, 4, 2, 1])
     parser.add_argument("--first_teacher_steps", type=int, default=4)
-    parser.add_argument("--train_steps", type=int, default=400)
+    parser.add_argument("--train_steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, default=3)
@@ -143,6 +150,7 @@ def main():
     judge = data, extract_features(data.images, classifier), classifier
     settings = {name: getattr(args, name) for name in ("stages", "first_teacher_steps", "train_steps",
                                                        "batch_size", "lr", "num_samples", "precision")}
+    settings["teacher"] = describe(config)
     result = load_result(args.output_dir/"distill.json", settings)
     labels = torch.arange(args.num_samples) % len(CLASSES)
     result["real"] = compute_metrics(matched_subset(fresh, labels), *judge)

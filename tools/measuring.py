@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
+from ddpm_tutorial.run.config import SamplingConfig
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import Stream, random_generator
+
+EVERYWHERE = SamplingConfig(guidance_scale=1.3) # how `small` drew in version 1, and still does in comparisons
 
 def parse_common(doc, add_more):
     "The options of every such script, and those that `add_more` adds to the parser."

@@ -2,11 +2,15 @@
 results shows of the run.
 
 usage: python tools/pretrained.py outputs/v1_small
+       python tools/pretrained.py --evaluations outputs/small
 
 Takes the averaged weights of the run's best checkpoint and writes them in half precision to
 ddpm_tutorial/assets/small.safetensors. Beside them it writes small.md: what the run was, and what
 `ddpm_evaluate` left in evaluation.json in the run's folder. Curves and every evaluation*.json in that folder
 go to nbs/small.json.
+
+Without a run the weights stay. They get the preset's settings of sampling, and the evaluations in the card
+and in nbs/small.json are replaced by those in the folder.
 """
 import argparse
 import hashlib
@@ -14,7 +18,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ddpm_tutorial.run.checkpoint import PRETRAINED, load_checkpoint, save_weights
+from ddpm_tutorial.run.checkpoint import PRETRAINED, load_checkpoint, load_weights, save_weights
 from ddpm_tutorial.run.config import PRESETS, differences
 from ddpm_tutorial.run.tracking import read_metrics
 from ddpm_tutorial.training import total_steps
@@ -67,26 +71,50 @@ def describe_evaluation(found):
             for name, value in found["samples"].items()]
     return EVALUATION.format(**found) + "".join(rows)
 
+STORED = Path(__file__).resolve().parent.parent/"nbs"/"small.json"
+
+def write_evaluations(card, lines, folder):
+    "The card with its evaluation, and what the lessons read: the lines of the run, and all evaluations."
+    paths = sorted(folder.glob("evaluation*.json"))
+    evaluations = {path.name: json.loads(path.read_text()) for path in paths}
+    if "evaluation.json" in evaluations: card += describe_evaluation(evaluations["evaluation.json"])
+    PRETRAINED["small"].with_suffix(".md").write_text(card)
+    stored = dict(metrics=lines, evaluations=list(evaluations.values()))
+    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    print(card)
+
+def change_sampling(folder):
+    "The stored weights with the preset's settings of sampling, and new evaluations."
+    if not (folder/"evaluation.json").exists(): raise SystemExit(f"there is no evaluation.json in {folder}")
+    path, small = PRETRAINED["small"], PRESETS["small"]
+    stored = load_weights(path)
+    changed = [name for name in differences(stored["config"], small) if not name.startswith("sampling.")]
+    if changed: raise SystemExit(f"these weights are not of the preset small: {', '.join(changed)} differ")
+    def facts():
+        return f"{path.stat().st_size:,} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    card, before = path.with_suffix(".md").read_text(), facts()
+    if before not in card: raise SystemExit(f"the card does not say that the weights have {before}")
+    save_weights(path, stored["ema"], small)
+    card = card.partition(EVALUATION[:15])[0].replace(before, facts())
+    write_evaluations(card, json.loads(STORED.read_text())["metrics"], folder)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    run = parser.parse_args().run
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--evaluations", type=Path, default=None)
+    args = parser.parse_args()
+    run, evaluations = args.run, args.evaluations
+    if (run is None) == (evaluations is None): parser.error("name a run, or --evaluations with a folder")
+    if run is None: return change_sampling(evaluations)
     checkpoint, metrics = load_checkpoint(run/"checkpoints"/"best_model.pth"), read_metrics(run)
     # settings of sampling may differ: they can be chosen after the training
     parts = ("model.", "scheduler.", "train.", "data")
     changed = [name for name in differences(checkpoint["config"], PRESETS["small"]) if name.startswith(parts)]
     if changed: raise SystemExit(f"this run is not one of the preset small: {', '.join(changed)} differ")
     save_weights(PRETRAINED["small"], checkpoint["ema"], PRESETS["small"])
-    card = describe_run(checkpoint, metrics)
-    evaluation = run/"evaluation.json"
-    if evaluation.exists(): card += describe_evaluation(json.loads(evaluation.read_text()))
-    PRETRAINED["small"].with_suffix(".md").write_text(card)
     lines = [line for line in metrics
              if "device" in line or "validation_loss" in line or line["step"] % 100 == 0]
-    evaluations = [json.loads(path.read_text()) for path in sorted(run.glob("evaluation*.json"))]
-    small = json.dumps(dict(metrics=lines, evaluations=evaluations), indent=1) + "\n"
-    (Path(__file__).resolve().parent.parent/"nbs"/"small.json").write_text(small)
-    print(card)
+    write_evaluations(describe_run(checkpoint, metrics), lines, run)
 
 if __name__ == "__main__": main()

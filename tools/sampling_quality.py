@@ -22,16 +22,16 @@ from ddpm_tutorial.fast_sampling import dpm_solver_steps
 from ddpm_tutorial.metrics import compute_metrics, extract_features, load_classifier, matched_subset
 from ddpm_tutorial.run.checkpoint import load_pretrained
 from ddpm_tutorial.run.device import choose_precision
-from ddpm_tutorial.scheduler import SPACINGS, NoiseScheduler
+from ddpm_tutorial.scheduler import NoiseScheduler
 from ddpm_tutorial.solvers import METHODS
-from measuring import draw, in_short, load_result, parse_arguments, real_images
+from measuring import EVERYWHERE, draw, in_short, load_result, parse_arguments, real_images
 
-# a word after the method is the spacing of its times, if it is not "time"
+# after the method stands the spacing of its times, if it is not "time", or eta, if it is not 0
 STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
          "ddpm": (500, 10, 20, 50, 100),    # the slowest first: are so many steps needed?
          "dpm++ log_snr": (15, 10, 20, 30), "dpm++ whole stride": (15,),
          "dpm++ karras": (10,), "ddim log_snr": (10,), "ddim karras": (10,), "ddim trailing": (10, 5),
-         "heun": (10, 5)}
+         "heun": (10, 5), "dpm++ eta 0.7": (30, 15, 10), "dpm++ eta 1": (30,)}
 
 class WholeStride(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."
@@ -47,9 +47,10 @@ METHODS["dpm++ whole stride"] = whole_stride_steps # measured here only: the com
 
 def sampling_settings(sampling, method, steps):
     "The settings of sampling for one of the names above."
-    name, _, spacing = method.partition(" ")
-    if spacing not in SPACINGS: name, spacing = method, "time"
-    return replace(sampling, method=name, spacing=spacing, num_inference_steps=steps)
+    name, *more = method.split()
+    if method in METHODS: name, more = method, [] # also "dpm++ whole stride"
+    found = {"eta": float(more[1])} if more[:1] == ["eta"] else {"spacing": more[0]} if more else {}
+    return replace(sampling, method=name, num_inference_steps=steps, **found)
 
 def summary(rows, method, steps, name="frechet_distance"):
     "Mean over the seeds, and its standard error."
@@ -76,6 +77,7 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
     reference, fresh = real_images(args)
     (model, config), classifier = load_pretrained("small"), load_classifier()
+    config = replace(config, sampling=EVERYWHERE)
     labels = torch.arange(args.num_samples) % len(CLASSES)
     seen = extract_features(reference.images, classifier)
     precision = choose_precision("auto", torch.device("cpu"))

@@ -16,11 +16,12 @@ import dacite
 import tyro
 
 from ..data import CLASSES
-from ..solvers import DEFAULT_STEPS, METHODS
+from ..fast_sampling import check_eta
 from ..guidance import check_interval, scale_in_interval
 from ..likelihood import hybrid_objective
 from ..objectives import ObjectiveConfig
 from ..scheduler import SPACINGS, NoiseScheduler, SchedulerConfig
+from ..solvers import DEFAULT_STEPS, METHODS
 from ..training import TrainConfig, diffusion_objective
 from ..unet import UNetConfig
 
@@ -35,6 +36,7 @@ class SamplingConfig:
     guidance_interval: tuple[float, float]|None=None # only at these noise levels, sigma/signal; default: all
     method: Literal[tuple(METHODS)]="dpm++" # how the samples are drawn
     num_inference_steps: int|None=None      # at most num_steps; default: dpm++ 30, heun 18, ddim 50, ddpm all
+    eta: float=0.0                          # fresh noise in each step of ddim, dpm++: 0 none, 1 as in ddpm
     spacing: Literal[SPACINGS]="time"       # which times are visited: evenly spread in what
     clip_sample: bool=True                  # keep the clean images that each step predicts in [-1, 1]
 
@@ -42,9 +44,13 @@ class SamplingConfig:
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be at least 0 and finite, not {self.guidance_scale}")
         if self.guidance_interval is not None: check_interval(self.guidance_interval)
+        check_eta(self.eta)
         for name, known in (("method", METHODS), ("spacing", SPACINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, not {getattr(self, name)!r}")
+        if self.eta != 0 and self.method not in ("ddim", "dpm++"):
+            raise ValueError(f"eta must be 0 for method {self.method}, not {self.eta}: "
+                             "only ddim and dpm++ have one")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, not {self.num_inference_steps}")
 
@@ -54,7 +60,7 @@ class SamplingConfig:
 
 def _check_student(steps: int, sampling: SamplingConfig):
     "Raises `ValueError` for settings that a distilled network was not trained for."
-    fixed = dict(method="ddim", spacing="trailing", guidance_scale=1., guidance_interval=None,
+    fixed = dict(method="ddim", spacing="trailing", guidance_scale=1., guidance_interval=None, eta=0.,
                  num_inference_steps=steps)
     wrong = [f"{name}={getattr(sampling, name)!r}" for name, value in fixed.items()
              if getattr(sampling, name) != value]
@@ -159,7 +165,7 @@ SMALL = Config(
     model=UNetConfig(base_channels=32, channel_multipliers=(1, 2, 4), num_res_blocks=1),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=500, prediction_type="v_prediction"),
     train=TrainConfig(epochs=20, batch_size=64, lr=2e-3, warmup_steps=400, lr_decay=True),
-    sampling=SamplingConfig(guidance_scale=1.3))
+    sampling=SamplingConfig(guidance_scale=2.2, guidance_interval=(0.3, 2.0), eta=0.7))
 
 BASELINE = Config(
     model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 4, 8), num_res_blocks=2, mirrored=False,

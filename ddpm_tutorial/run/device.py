@@ -170,7 +170,7 @@ def new_model(
 # %% ../../nbs/10b_device.ipynb #41eea6f8
 def sampling_steps(
     model: UNet,                # or a network that has a `null_cond` as well
-    config: Config,             # decides scheduler, shape, guidance, method and number of steps
+    config: Config,             # decides scheduler, shape, and all settings of sampling
     num_samples: int,
     cond: dict,                 # one row for each sample, e.g. {"labels": (num_samples,)}; may be {}
     *,
@@ -184,6 +184,7 @@ def sampling_steps(
         with autocast_to(precision, device): return model(x, t, **cond)
     if model.null_cond: denoiser = guided(denoiser, how.scale(scheduler), model.null_cond)
     shape = (num_samples, *config.image_shape)
+    if how.eta: cond = {**cond, "eta": how.eta} # only two of the methods have it
     return METHODS[how.method](denoiser, scheduler, shape, generator=generator,
                                num_inference_steps=config.inference_steps, spacing=how.spacing,
                                clip_sample=how.clip_sample, device=device, **cond)

@@ -174,9 +174,9 @@ def _print_result(
     "Prints the metrics of the samples beside those of the real images."
     print(result["what"])
     print(f"{result['num_images']:,} images against {result['num_reference']:,} training images")
-    print(f"{'':24}{'samples':>10}{'real':>10}")
+    print(f"{'':24}{'samples':>12}{'real':>12}")
     for name, value in result["samples"].items():
-        print(f"{name.replace('_', ' '):24}{value:10.4g}{result['real'][name]:10.4g}")
+        print(f"{name.replace('_', ' '):24}{value:12.4g}{result['real'][name]:12.4g}")
     if "bits_per_dim" in result:
         bits = result["bits_per_dim"]
         print(f"bits per dimension: at most {bits['bound']:.3f} ± {bits['bound_error']:.3f} by the bound "

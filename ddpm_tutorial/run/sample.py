@@ -43,6 +43,7 @@ class DrawOptions:
     guidance_interval: tuple[float, float]|None=None # guide at these noise levels only; default: as trained
     num_inference_steps: int|None=None # fewer are faster; default: as trained, or that of another method
     method: Literal[tuple(METHODS)]|None=None # default: as trained
+    eta: float|None=None # fresh noise of ddim and dpm++, 0 ... 1; default: as trained, 0 with another method
     spacing: Literal[SPACINGS]|None=None # of the times that are visited; default: as trained
     clip_sample: bool|None=None # clip predictions to [-1, 1] (--no-clip_sample: don't); default: as trained
     use_ema: bool=True                 # averaged weights; otherwise those of the last step
@@ -203,8 +204,8 @@ def model_to_draw(
     for name in ("guidance_scale", "guidance_interval"):
         if name in changes and not config.classes:
             raise ConfigError(f"{name}: this model knows no classes, leave it out")
-    if changes.get("method", trained.method) != trained.method: # each method has its own number of steps
-        changes = {"num_inference_steps": None, **changes}
+    if changes.get("method", trained.method) != trained.method: # each has a number of steps and an eta
+        changes = {"num_inference_steps": None, "eta": 0., **changes}
     try: return model, replace(config, sampling=replace(trained, **changes))
     except ValueError as error: raise ConfigError(str(error)) from error
 
@@ -219,6 +220,7 @@ def describe_sampling(
     if config.classes: parts.append(f"guidance {how.guidance_scale:g}")
     if config.classes and how.guidance_interval:
         parts.append("at noise levels from {:g} to {:g}".format(*how.guidance_interval))
+    if how.eta: parts.append(f"eta {how.eta:g}")
     if how.spacing != "time": parts.append(f"spacing {how.spacing}")
     if not how.clip_sample: parts.append("not clipped")
     weights = "averaged weights" if options.use_ema else "raw weights"
