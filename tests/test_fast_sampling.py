@@ -681,7 +681,7 @@ def test_eta_reaches_the_sampler(method):
     config = replace(PRESETS["small"], sampling=SamplingConfig(method=method, eta=0.7, num_inference_steps=4))
     model, labels = new_model(config), torch.arange(2)
     *_, last = sampling_steps(model, config, 2, {"labels": labels}, generator=seeded())
-    expected = sample(guided(model, config.sampling.guidance_scale, model.null_cond), config.scheduler.build(),
-                      (2, 1, 28, 28), generator=seeded(), method=METHODS[method], num_inference_steps=4,
-                      eta=0.7, labels=labels)
+    expected = sample(guided(model, 3., model.null_cond), config.scheduler.build(), (2, 1, 28, 28),
+                      generator=seeded(), method=METHODS[method], num_inference_steps=4, eta=0.7,
+                      labels=labels)
     assert torch.equal(last.x, expected)

@@ -276,3 +276,11 @@ def test_hours_of_the_lessons():
     rule = {path.name: hours.minutes(path)/60 for path in lessons}
     assert said.keys() == rule.keys()
     assert not {name: value for name, value in rule.items() if abs(value - said[name]) > 0.5}
+
+
+def test_one_version_everywhere():
+    "The package, its citation and the top of the changelog name the same version."
+    root = PACKAGE.parent
+    cited = re.search(r"(?m)^version: (.+)$", (root/"CITATION.cff").read_text())[1]
+    newest = re.search(r"(?m)^## (\S+)$", (root/"CHANGELOG.md").read_text())[1]
+    assert cited == ddpm_tutorial.__version__ and newest in (cited, "Unreleased")

@@ -31,7 +31,7 @@ STEPS = {"dpm++": (15, 5, 10, 20, 30), "ddim": (30, 5, 10, 20, 50),
          "ddpm": (500, 10, 20, 50, 100),    # the slowest first: are so many steps needed?
          "dpm++ log_snr": (15, 10, 20, 30), "dpm++ whole stride": (15,),
          "dpm++ karras": (10,), "ddim log_snr": (10,), "ddim karras": (10,), "ddim trailing": (10, 5),
-         "heun": (10, 5), "dpm++ eta 0.7": (30, 15, 10), "dpm++ eta 1": (30,)}
+         "heun": (10, 5), "dpm++ eta 0.7": (30, 10), "dpm++ eta 1": (30,)}
 
 class WholeStride(NoiseScheduler):
     "The last stride, to clean data, is as long as the strides before it."
