@@ -96,7 +96,7 @@ def dpm_solver_steps(
             direction = x0 + (h/h_before/2).to(x)*(x0 - x0_before)
         before = x0, h
         fresh = fresh_share(scheduler, t, prev_t, x, eta)
-        kept = torch.log1p(-fresh)/2                   # logarithm of the root of what is not fresh
+        kept = torch.log1p(-fresh)/2                   # log of sqrt(1 - fresh)
         mean = ((sigma_prev/sigma*kept.exp()).to(x)*x
                 - (signal_prev*torch.expm1(kept - h)).to(x)*direction)
         return mean + (sigma_prev*fresh.sqrt()).to(x)*draw() if eta > 0 else mean
