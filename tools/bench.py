@@ -133,15 +133,15 @@ def our_samples(precision, labels, steps):
     return work
 
 @torch.no_grad()
-def guided_samples(model, call, scheduler, labels, precision, **options):
-    "Samples of a network of diffusers. The options are those of `scheduler.step`."
+def guided_samples(model, call, scheduler, labels, precision):
+    "Samples of a network of diffusers."
     both = torch.cat([torch.full_like(labels, NULL_LABEL), labels])
     x = torch.randn(len(labels), 1, 28, 28, device=labels.device)
     for t in scheduler.timesteps:
         with autocast(x.device, precision):
             without, with_label = call(model, torch.cat([x, x]), t, both).float().chunk(2)
         guided = without + EVERYWHERE.guidance_scale*(with_label - without)
-        x = scheduler.step(guided, t, x, **options).prev_sample
+        x = scheduler.step(guided, t, x).prev_sample
     return x
 
 def their_samples(contestant, precision, labels, steps):
