@@ -50,7 +50,7 @@ def real_images(args):
 def load_result(output, settings):
     "What an earlier call has measured with the same settings."
     result = json.loads(output.read_text()) if output.exists() else {**settings, "rows": []}
-    if {name: result[name] for name in settings} != settings:
+    if {name: result.get(name) for name in settings} != settings: # an older file may lack one
         raise SystemExit(f"{output} was measured with other settings: move it away")
     return result
 

@@ -37,7 +37,7 @@ velocity under the cosine schedule).
 - Settings: {settings}.
 - For learning: the images are small and grey, the classes ten, \
 and nothing was done about what the data leaves out.
-- `small.safetensors` has {size:,} bytes, sha256 {sha}.
+- `small.safetensors` has {facts}.
 """
 
 EVALUATION = """
@@ -50,6 +50,11 @@ EVALUATION = """
 |---|---|---|
 """
 
+def facts(path):
+    "What the card says of a file."
+    stored = path.read_bytes()
+    return f"{len(stored):,} bytes, sha256 {hashlib.sha256(stored).hexdigest()}"
+
 def describe_run(checkpoint, metrics):
     "The top of the card: the run, its settings, and the stored file."
     config, step = checkpoint["config"], checkpoint["step"]
@@ -57,13 +62,13 @@ def describe_run(checkpoint, metrics):
     losses = [line["validation_loss"] for line in metrics
               if line["step"] == step and "validation_loss" in line]
     settings = asdict(config.scheduler) | asdict(config.train)
-    stored, total = PRETRAINED["small"].read_bytes(), total_steps(config.train, 60_000)
+    total = total_steps(config.train, 60_000)
     return CARD.format(
         weights=sum(weight.numel() for weight in checkpoint["ema"].values()), step=step, total=total,
         epochs=step/total*config.train.epochs, all_epochs=config.train.epochs,
         precision=start["precision"], device=start["device"], validation=losses[0],
         settings=", ".join(f"{name} {value}" for name, value in settings.items()),
-        size=len(stored), sha=hashlib.sha256(stored).hexdigest())
+        facts=facts(PRETRAINED["small"]))
 
 def describe_evaluation(found):
     "The end of the card: each measure for the samples, and for real images."
@@ -90,12 +95,10 @@ def change_sampling(folder):
     stored = load_weights(path)
     changed = [name for name in differences(stored["config"], small) if not name.startswith("sampling.")]
     if changed: raise SystemExit(f"these weights are not of the preset small: {', '.join(changed)} differ")
-    def facts():
-        return f"{path.stat().st_size:,} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    card, before = path.with_suffix(".md").read_text(), facts()
+    card, before = path.with_suffix(".md").read_text(), facts(path)
     if before not in card: raise SystemExit(f"the card does not say that the weights have {before}")
     save_weights(path, stored["ema"], small)
-    card = card.partition(EVALUATION[:15])[0].replace(before, facts())
+    card = card.partition("\n## Evaluation\n")[0].replace(before, facts(path))
     write_evaluations(card, json.loads(STORED.read_text())["metrics"], folder)
 
 def main():

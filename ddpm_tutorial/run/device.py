@@ -184,7 +184,7 @@ def sampling_steps(
         with autocast_to(precision, device): return model(x, t, **cond)
     if model.null_cond: denoiser = guided(denoiser, how.scale(scheduler), model.null_cond)
     shape = (num_samples, *config.image_shape)
-    if how.eta: cond = {**cond, "eta": how.eta} # only two of the methods have it
+    options = {"eta": how.eta} if how.eta else {} # only two of the methods have it
     return METHODS[how.method](denoiser, scheduler, shape, generator=generator,
                                num_inference_steps=config.inference_steps, spacing=how.spacing,
-                               clip_sample=how.clip_sample, device=device, **cond)
+                               clip_sample=how.clip_sample, device=device, **options, **cond)
