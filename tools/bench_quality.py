@@ -30,6 +30,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from ema_pytorch import EMA
 from torch.nn import functional as F
+from torchvision.utils import save_image
 
 from bench import NULL_LABEL, SMALL, build, guided_samples
 from ddpm_tutorial.data import CLASSES, ImageData, batches, to_uint8
@@ -92,10 +93,12 @@ def diffusers(data, precision, sampling_steps=100, lr=1e-4):
                           for part in labels.split(250)])
     return steps, draw
 
-def lucidrains(data, precision, sampling_steps=50):
+def lucidrains(data, precision, sampling_steps=100):
     "The defaults of `GaussianDiffusion` and of its `Trainer`. No labels."
     network, _ = build("lucidrains", precision, CPU)
-    diffusion = GaussianDiffusion(network, image_size=28, sampling_timesteps=sampling_steps)
+    # eta 1: ancestral sampling, as its Trainer draws, but with fewer than 1,000 steps
+    diffusion = GaussianDiffusion(network, image_size=28, sampling_timesteps=sampling_steps,
+                                  ddim_sampling_eta=1.)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
     def steps(total):
@@ -127,14 +130,16 @@ def fitting_steps(make, data, precision, seconds, trial=30):
     for _ in range(trial): next(run)
     return int(seconds/(time.perf_counter() - start)*trial)
 
-def quality(make, data, judge, labels, precision, args):
-    "A row: trains for the time, draws and measures."
+def quality(name, make, data, judge, labels, precision, args):
+    "A row: trains for the time, draws and measures. Leaves the first 50 samples as a picture."
     total = 2 if args.quick else fitting_steps(make, data, precision, 60*args.minutes)
     steps, draw = make(data, precision, **(dict(sampling_steps=2) if args.quick else {}))
     start = time.perf_counter()
     for _ in steps(total): pass
     seconds = time.perf_counter() - start
-    metrics = compute_metrics(ImageData(draw(labels), labels, CLASSES), *judge)
+    images = draw(labels)
+    save_image(images[:50]/255, args.output_dir/f"{name}.png", nrow=10)
+    metrics = compute_metrics(ImageData(images, labels, CLASSES), *judge)
     if make is lucidrains: del metrics["class_agreement"], metrics["class_agreement_error"] # it has no labels
     return dict(steps=total, training_seconds=seconds, **metrics)
 
@@ -223,7 +228,7 @@ def main():
     write()
     for name, make in CONTESTANTS.items():
         if any(row["name"] == name for row in result["rows"]): continue
-        row = dict(name=name, **quality(make, data, judge, labels, precision, args))
+        row = dict(name=name, **quality(name, make, data, judge, labels, precision, args))
         result["rows"].append(row)
         write()
         print(f"{name}: {row['steps']:,} steps in {row['training_seconds']:.0f} s, Fréchet distance "
