@@ -44,19 +44,23 @@ class SharedBatch(nn.Module):
 
     def forward(self,
         x: Tensor, # (B, ...), the same in all processes
-        t: Tensor, # (B,)
+        t: Tensor, # (B, ...), for most networks the times (B,)
         **cond     # tensors with B rows; anything else goes to all processes as it is
-    ) -> Tensor:   # (B, ...)
+    ) -> Tensor|tuple: # what the network answers: one tensor or several, each with B rows
         rank, size = dist.get_rank(), dist.get_world_size()
         mine = own_rows(len(x), rank, size).to(x.device)
         def share(value): return value[mine] if isinstance(value, Tensor) else value
-        rows = self.parallel(x[mine], t[mine], **{name: share(value) for name, value in cond.items()})
-        parts = [torch.empty_like(rows) for _ in range(size)]
-        dist.all_gather(parts, rows.detach())
-        parts[rank] = rows # the only part with a gradient
-        # the loss is already a mean over all rows, and DDP averages once more
-        if rows.requires_grad: rows.register_hook(lambda gradient: size*gradient)
-        return torch.cat(parts)[:len(x)]
+        computed = self.parallel(x[mine], t[mine], **{name: share(value) for name, value in cond.items()})
+        def gather(rows):
+            # a copy: the network may use this tensor inside as well, and the hook below is for our part only
+            rows = rows.clone(memory_format=torch.contiguous_format)
+            parts = [torch.empty_like(rows) for _ in range(size)]
+            dist.all_gather(parts, rows.detach())
+            parts[rank] = rows # the only part with a gradient
+            # the loss is already a mean over all rows, and DDP averages once more
+            if rows.requires_grad: rows.register_hook(lambda gradient: size*gradient)
+            return torch.cat(parts)[:len(x)]
+        return tuple(map(gather, computed)) if isinstance(computed, tuple) else gather(computed)
 
 # %% ../nbs/09_parallel.ipynb #07355aff
 @contextmanager

@@ -252,15 +252,17 @@ class PartOfBatch:
 
     def __call__(self,
         x: Tensor, # (B, ...)
-        t: Tensor, # (B,)
+        t: Tensor, # (B, ...), for most networks the times (B,)
         **cond     # tensors with B rows; anything else is handed on as it is
-    ) -> Tensor:   # (B, ...)
+    ) -> Tensor|tuple: # what the network answers: one tensor or several, each with B rows
         def part(value): return value[self.rows] if isinstance(value, Tensor) else value
         mine = {name: part(value) for name, value in cond.items()}
         computed = self.model(x[self.rows], t[self.rows], **mine)
         first, end = self.rows.start, self.rows.stop
-        nothing = [computed.new_zeros(n, *computed.shape[1:]) for n in (first, len(x) - end)]
-        return torch.cat([nothing[0], computed, nothing[1]])
+        def fill_up(rows):
+            nothing = [rows.new_zeros(n, *rows.shape[1:]) for n in (first, len(x) - end)]
+            return torch.cat([nothing[0], rows, nothing[1]])
+        return tuple(map(fill_up, computed)) if isinstance(computed, tuple) else fill_up(computed)
 
 def find_gradient(
     state: TrainState,         # of the weights, the gradient is set

@@ -28,27 +28,29 @@ def zero_init(
 
 # %% ../nbs/04_unet.ipynb #04-015
 class ResBlock(nn.Module):
-    "Norm, SiLU, convolution; AdaGN, SiLU, convolution; added to the input. It starts as its own shortcut."
+    """Norm, SiLU, convolution; AdaGN, SiLU, convolution; added to the input. It starts as its own shortcut.
+    Without a condition, a plain group norm takes the place of AdaGN."""
     def __init__(self,
         in_channels: int,
         out_channels: int,
-        cond_dim: int,    # length of the condition
+        cond_dim: int|None, # length of the condition; None: there is none
         num_groups: int=32
     ):
         super().__init__()
         self.norm_1 = group_norm(in_channels, num_groups)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm_2 = AdaGN(out_channels, cond_dim, num_groups)
+        if cond_dim is None: self.norm_2 = group_norm(out_channels, num_groups)
+        else: self.norm_2 = AdaGN(out_channels, cond_dim, num_groups)
         self.conv_2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self,
-        x,   # (B, in_channels, H, W)
-        cond # (B, cond_dim)
-    ):       # (B, out_channels, H, W)
+        x,    # (B, in_channels, H, W)
+        *cond # (B, cond_dim), if there is a condition
+    ):        # (B, out_channels, H, W)
         h = self.conv_1(F.silu(self.norm_1(x)))
-        h = self.conv_2(F.silu(self.norm_2(h, cond)))
+        h = self.conv_2(F.silu(self.norm_2(h, *cond)))
         return self.shortcut(x) + h
 
 # %% ../nbs/04_unet.ipynb #04-023
@@ -65,9 +67,10 @@ class Upsample(nn.Conv2d):
     ): super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self,
-        x,   # (B, in_channels, h, w)
-        size # (H, W) wanted
-    ):       # (B, out_channels, H, W)
+        x,        # (B, in_channels, h, w)
+        size=None # (H, W) wanted; default: twice the size
+    ):            # (B, out_channels, H, W)
+        if size is None: size = [2*side for side in x.shape[-2:]]
         return super().forward(F.interpolate(x, size=size, mode="nearest"))
 
 # %% ../nbs/04_unet.ipynb #f7c3e7c9

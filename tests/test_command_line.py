@@ -22,7 +22,7 @@ from ddpm_tutorial.objectives import LOSS_WEIGHTS, TIME_DISTRIBUTIONS
 from ddpm_tutorial.scheduler import SPACINGS
 from ddpm_tutorial.solvers import METHODS
 from ddpm_tutorial.run import check, evaluate, sample, train
-from ddpm_tutorial.run.config import PRESETS
+from ddpm_tutorial.run.config import AUTOENCODERS, PRESETS, CodecConfig
 
 COMMANDS = {"ddpm_train": (train, "train", train.TrainOptions),
             "ddpm_sample": (sample, "sample_to_file", sample.SampleOptions),
@@ -72,7 +72,8 @@ def anything(v): return True
 
 ALLOWED = {
     "ddpm_train": dict(
-        config=one_of(*PRESETS), precision=one_of(*PRECISIONS), output_dir=anything, data_root=anything,
+        config=one_of(*PRESETS, *AUTOENCODERS), precision=one_of(*PRECISIONS), output_dir=anything,
+        data_root=anything,
         device=anything, data=anything, resume_from=anything, resize=between(8, 4096),
         save_every=at_least(1), sample_every=at_least(1), log_every=at_least(1), epochs=at_least(1),
         max_steps=at_least(1), batch_size=at_least(1), warmup_steps=at_least(0), seed=seed,
@@ -110,8 +111,8 @@ ALLOWED = {
         guidance_scale=not_negative, spacing=one_of(None, *SPACINGS),
         guidance_interval=rising, eta=between(0, 1)),
     "ddpm_check": dict(
-        config=one_of(*PRESETS), data=anything, resize=between(8, 4096), data_root=anything, device=anything,
-        precision=one_of(*PRECISIONS)),
+        config=one_of(*PRESETS, *AUTOENCODERS), data=anything, resize=between(8, 4096), data_root=anything,
+        device=anything, precision=one_of(*PRECISIONS)),
 }
 
 @pytest.fixture(scope="module")
@@ -253,8 +254,17 @@ def command_line(draw):
     if pieces and draw(st.integers(0, 7)) == 0: pieces.append(draw(st.sampled_from(pieces))) # given twice
     return command, [arg for part in draw(st.permutations(pieces)) for arg in part]
 
+def is_valid_autoencoder(options):
+    "The same for a run of an autoencoder, which has fewer options."
+    settings = options.settings
+    assert isinstance(settings, CodecConfig) and min(options.save_every, options.log_every) >= 1
+    assert 0 <= settings.kl_weight < math.inf and 0 <= settings.gradient_weight < math.inf
+    assert settings.train.label_dropout == 0 and 1 <= settings.train.accumulate <= settings.train.batch_size
+    assert settings.model.base_channels % settings.model.num_groups == 0
+
 def is_valid(command, options):
     "Raises AssertionError unless each option has its type and is in the range that always holds."
+    if isinstance(options, train.AutoencoderTrainOptions): return is_valid_autoencoder(options)
     values, kinds = values_of(options), OPTIONS[command]
     depends = {"num_steps", "num_inference_steps", "image_size", "patch_size", "base_channels",
                "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "accumulate",
@@ -293,7 +303,7 @@ def test_no_command_line_is_too_strange(called, line):
         is_valid(command, options)
         if command == "ddpm_train": # options that were left out are as in the preset
             text, values = " ".join(args).replace("-", "_"), values_of(options)
-            for name, value in values_of(PRESETS[options.config]).items():
+            for name, value in values_of((PRESETS | AUTOENCODERS)[options.config]).items():
                 if name not in text: assert values[name] == value, f"{name} is {values[name]!r}"
     outcome = "run" if options is not None else "help"
     seen[command, "refused" if code == 2 else outcome] += 1

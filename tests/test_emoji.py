@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ddpm_tutorial import emoji as module
 from ddpm_tutorial.data import DataError
-from ddpm_tutorial.emoji import (GROUPS, Emoji, draw_emoji, emoji_pictures, emoji_with_names, list_emoji,
-                                 load_emoji)
+from ddpm_tutorial.emoji import (EMOJI_SPLITS, GROUPS, Emoji, draw_emoji, emoji_pictures, emoji_split,
+                                 emoji_with_names, list_emoji, load_emoji)
 from ddpm_tutorial.run import data_sets
 from ddpm_tutorial.run.data_sets import load_data
 
@@ -107,14 +107,18 @@ def test_a_sequence_without_a_picture_is_left_out(few, monkeypatch, tmp_path):
 
 
 def test_the_split_keeps_variants_together(root):
-    "No concept is on both sides, nothing is lost, and about a tenth validates."
+    """No concept is on both sides, nothing is lost, and about a tenth validates.
+
+    Of the other skin tones a tenth is held out: each is a variant of something in the training.
+    """
     sides = defaultdict(set)
     for tones in (False, True):
-        parts = {split: emoji_with_names(16, split, tones, root) for split in ("train", "validation", "all")}
+        splits = [split for split in (*EMOJI_SPLITS, "all") if tones or split != "combinations"]
+        parts = {split: emoji_with_names(16, split, tones, root) for split in splits}
         for split in ("train", "validation"):
             for emoji in parts[split][1]: sides[emoji.concept].add(split)
         counts = {split: len(data) for split, (data, _) in parts.items()}
-        assert counts["train"] + counts["validation"] == counts["all"]
+        assert 2*counts["all"] == sum(counts.values())
         assert 0.05 < counts["validation"]/counts["all"] < 0.15
         data, about = parts["validation"]
         assert len(data) == len(about) and data.classes == GROUPS
@@ -122,15 +126,26 @@ def test_the_split_keeps_variants_together(root):
         assert any(emoji.has_skin_tone for emoji in about) == tones
         assert (data.labels.bincount(minlength=9) > 0).all()
     assert all(len(found) == 1 for found in sides.values()) and len(sides) > 1500
-    with pytest.raises(ValueError, match="split must be 'train', 'validation' or"): load_emoji(16, "test")
+    held = parts["combinations"][1]
+    toned = sum(emoji.has_skin_tone for emoji in parts["train"][1])
+    assert 0.05 < len(held)/(toned + len(held)) < 0.15
+    assert all(emoji.has_skin_tone for emoji in held)
+    assert {emoji.concept for emoji in held} <= {emoji.concept for emoji in parts["train"][1]}
+    with pytest.raises(ValueError, match="split must be one of"): load_emoji(16, "test")
+    with pytest.raises(ValueError, match="skin tones only"): load_emoji(16, "combinations")
 
 
 def test_the_split_is_for_ever():
     "New emoji, names and versions don't move the others: these are in the validation by their names alone."
-    held = [emoji.name for emoji in list_emoji() if module._is_validation(emoji) and not emoji.has_skin_tone]
+    split = {emoji.name: emoji_split(emoji) for emoji in list_emoji()}
+    held = [emoji.name for emoji in list_emoji()
+            if split[emoji.name] == "validation" and not emoji.has_skin_tone]
     there = ["ogre", "pilot", "man pilot", "phoenix", "rice ball", "taxi", "pencil", "minus", "Rwanda"]
     elsewhere = ["skull and crossbones", "eagle", "tent", "performing arts", "wastebasket", "Liechtenstein"]
     assert set(there) <= set(held) and not set(elsewhere) & set(held)
+    unseen = ["waving hand medium skin tone", "girl light skin tone", "man farmer medium-dark skin tone"]
+    assert {split[name] for name in unseen} == {"combinations"} and split["girl dark skin tone"] == "train"
+    assert not any(name in split and split[name] == "combinations" for name in ("waving hand", "girl"))
 
 
 def test_data_of_a_run(root, monkeypatch):
@@ -145,9 +160,11 @@ def test_data_of_a_run(root, monkeypatch):
 @pytest.mark.parametrize("resize, size", [(None, 64), (128, 128)])
 def test_the_size_that_is_drawn(resize, size, monkeypatch):
     asked = []
-    monkeypatch.setattr(data_sets, "load_emoji", lambda size, split, root: asked.append((size, split, root)))
-    load_data("emoji", "here", resize)
-    assert asked == [(size, "train", "here"), (size, "validation", "here")]
+    monkeypatch.setattr(data_sets, "load_emoji", lambda *args: asked.append(args))
+    for name, skin_tones in (("emoji", False), ("emoji_tones", True)):
+        load_data(name, "here", resize)
+        assert asked == [(size, split, skin_tones, "here") for split in ("train", "validation")]
+        asked.clear()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "page", "other size", "other names"])

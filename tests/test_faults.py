@@ -62,13 +62,13 @@ def nothing_half(folder): return not list(folder.rglob("*.partial"))
 PHASES = {
     "a step": ("pause(training, 'diffusion_loss', 4)", 4),      # the run finishes the step first
     "between forward and update": ("pause(training.nn.utils, 'clip_grad_norm_', 3)", 3),
-    "validation": ("pause(train, 'validation_loss')", 5),
+    "validation": ("pause(config, 'validation_loss')", 5),
     # the second of the sampler's two steps
     "sampling": ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 2)", 5),
     "a save": ("pause(checkpoint.torch, 'save', 2)", 4),
     "a rename": ("pause(os, 'replace', 4)", 4),                 # after one for config.json and two for step 2
     "the save of an epoch": ("pause(tracking.Tracker, 'log_picture')", 5),
-    "the last validation": ("pause(train, 'validation_loss', 2)", 10),
+    "the last validation": ("pause(config, 'validation_loss', 2)", 10),
     "the last sampling": ("pause(scheduler.NoiseScheduler, 'to_x0_and_noise', 4)", 10),
 }
 
@@ -252,7 +252,7 @@ def test_killed_between_the_line_of_an_epoch_and_its_save(launcher, data, whole,
     In the end the line is there once.
     """
     args = tiny(data, tmp_path/"run", "--epochs", 2)
-    process = launcher.start(args, "pause(train, 'validation_loss')")
+    process = launcher.start(args, "pause(config, 'validation_loss')")
     process.waits()
     send(process, signal.SIGTERM, False)
     assert process.wait(10) == 143
@@ -377,7 +377,7 @@ def test_no_number(launcher, data, whole, tmp_path, what, value):
 
 def test_no_number_in_the_validation(launcher, data, tmp_path):
     "The same. There is neither a checkpoint nor a line of that epoch."
-    before = AFTER.format(value="nan") + "after(train, 'validation_loss', lambda loss, n: value)"
+    before = AFTER.format(value="nan") + "after(config, 'validation_loss', lambda loss, n: value)"
     code, err = launcher.run(tiny(data, tmp_path/"run"), before)
     assert code == 1 and one_error(err, "the validation loss is nan at step 5", "lower the lr")
     assert newest(tmp_path/"run")["step"] == 4
@@ -489,7 +489,7 @@ def test_debug_shows_the_traceback(launcher, data, tmp_path, module):
     if module == "train": args = tiny(data, tmp_path/"run")
     else: args = ["--checkpoint", tmp_path/"x.pth", "--output", tmp_path/"a.png"]
     before = "def fail(*_, **__): raise ZeroDivisionError('nobody foresaw it')\n"
-    before += {"train": "train.validation_loss = fail", "sample": "sample.load_model = fail"}[module]
+    before += {"train": "config.validation_loss = fail", "sample": "sample.load_model = fail"}[module]
     code, err = launcher.run(args, before, module)
     assert code == 1 and one_error(err, "ZeroDivisionError: nobody foresaw it", "--debug")
     shutil.rmtree(tmp_path/"run", ignore_errors=True)

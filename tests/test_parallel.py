@@ -75,19 +75,24 @@ def test_every_row_is_somebodys(rows, size):
 GRADIENTS = """
 import torch, torch.distributed as dist
 from ddpm_tutorial.parallel import SharedBatch
-def gradient(model, network, x, t, labels):
+def gradient(model, network, x, t, labels, several=False):
     network.zero_grad()
     target = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape)
-    (model(x, t, labels=labels) - target).square().mean().backward()
+    if several:
+        answer, inner = model(x, t, labels=labels, several=True)
+        ((answer - target).square().mean() + inner.pow(3).mean()).backward()
+    else: (model(x, t, labels=labels) - target).square().mean().backward()
     return torch.cat([p.grad.flatten() for p in network.parameters()])
 class Network(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.out = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Conv2d(4, 1, 3, padding=1)
         self.embedding = torch.nn.Embedding(11, 4)
-    def forward(self, x, t, labels, with_variance=False): # a flag isn't shared out
+    def forward(self, x, t, labels, with_variance=False, several=False): # a flag isn't shared out
         shift = self.embedding(labels)[:, :, None, None]*t[:, None, None, None]
-        h = self.out((self.conv(x) + shift).sin())
+        first, second = (self.conv(x) + shift).sin().chunk(2, dim=1)
+        h = self.out(torch.cat([first, second], dim=1))
+        if several: return h, first # an answer that is used inside as well
         return torch.cat([h, h*h], dim=1) if with_variance else h
 def compare(rank, size):
     torch.manual_seed(0)
@@ -97,8 +102,9 @@ def compare(rank, size):
     for rows in (1, 2, 5, 8):
         x, t = torch.randn(rows, 1, 6, 6, dtype=torch.float64), torch.randn(rows, dtype=torch.float64)
         batch = x, t, torch.arange(rows)
-        whole, together = gradient(network, network, *batch), gradient(shared, network, *batch)
-        worst = max(worst, ((whole - together).abs().max()/whole.abs().max()).item())
+        for several in (False, True):
+            whole, together = (gradient(model, network, *batch, several) for model in (network, shared))
+            worst = max(worst, ((whole - together).abs().max()/whole.abs().max()).item())
         with torch.no_grad(): one, several = network(*batch), shared(*batch[:2], labels=batch[2])
         assert torch.allclose(one, several, rtol=0, atol=1e-14)
         with torch.no_grad(): both = shared(*batch[:2], labels=batch[2], with_variance=True)
@@ -269,3 +275,15 @@ def test_torchrun_and_a_signal_to_the_group(data, tmp_path, number):
     assert code and time.monotonic() - sent < 10 and "stopped and saved after step" in err, err
     assert load_latest(tmp_path/"run"/"checkpoints")[1]["step"] >= logged
     assert not list((tmp_path/"run").rglob("*.partial"))
+
+def test_an_autoencoder_in_two_processes(launcher, data, tmp_path):
+    "Its network answers with three tensors. All of them are gathered, with their gradients."
+    args = ["--config", "emoji_autoencoder", "--data", data, "--resize", 28, "--base_channels", 8,
+            "--num_groups", 2, "--batch_size", 8, "--max_steps", 6, "--warmup_steps", 0, "--device", "cpu",
+            "--precision", "fp32", "--no-wandb", "--log_every", 1, "--output_dir"]
+    assert launcher.run([*args, tmp_path/"alone"]) == (0, "")
+    run_together(launcher, 2, [*args, tmp_path/"together"])
+    assert_close(tmp_path/"alone", tmp_path/"together")
+    norms = [[line["grad_norm"] for line in lines(tmp_path/name) if "grad_norm" in line]
+             for name in ("alone", "together")]
+    assert len(norms[0]) == 6 and norms[0] == pytest.approx(norms[1], rel=1e-3)

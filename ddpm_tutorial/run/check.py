@@ -16,10 +16,12 @@ from typing import Literal
 
 import torch
 
-from ..data import RAW_FILES, ImageData, batches, default_data_root, load_fashion_mnist
+from ..autoencoder import rebuild_images
+from ..data import (RAW_FILES, ImageData, batches, default_data_root, load_fashion_mnist,
+                                without_labels)
 from .checkpoint import load_model, save_checkpoint
 from .cli import parse_options, run_command, steady_output
-from .config import PRESETS, Config, fit_to_data
+from .config import AUTOENCODERS, PRESETS, CodecConfig, Config, fit_to_data
 from .data_sets import load_data
 from .device import (choose_device, choose_precision, label_conditions, new_model,
                                       sampling_steps)
@@ -32,15 +34,18 @@ class CheckError(Exception):
 @dataclass(frozen=True)
 class CheckOptions:
     "Tries each part of the pipeline on this machine, one line each with its time."
-    config: Literal[tuple(PRESETS)]="tiny" # preset whose model is tried
-    data: str|None=None           # "emoji" or a path to your own; default: as the preset, without a download
+    config: Literal[(*PRESETS, *AUTOENCODERS)]="tiny" # preset whose model is tried
+    data: str|None=None           # "emoji", "emoji_tones" or your own; default: as the preset, no download
     resize: int|None=None         # scale the shorter side to this, then cut a square; default: as the preset
     data_root: Path|None=None     # holds FashionMNIST/raw (no download); default DDPM_DATA_ROOT, or else data
     device: str="auto"            # auto, cuda, cuda:1, mps or cpu
     precision: Literal["auto", "fp32", "bf16"]="auto"
     debug: bool=False             # show the traceback of an error
 
-    def __post_init__(self): replace(PRESETS[self.config], resize=self.resize) # raises ValueError
+    def __post_init__(self): replace(self.preset, resize=self.resize) # raises ValueError
+
+    @property
+    def preset(self) -> Config|CodecConfig: return (PRESETS | AUTOENCODERS)[self.config]
 
 # %% ../../nbs/16_check.ipynb #1f94ad8a
 @contextmanager
@@ -69,13 +74,14 @@ def expect(
 
 # %% ../../nbs/16_check.ipynb #bd72290b
 def check_inputs(
-    config: Config,
+    config: Config|CodecConfig,
     device: torch.device,
     root: Path # of Fashion-MNIST, which may be missing
-) -> tuple[Config, TrainState, ImageData]: # fitted to the images; an untrained network; training images
+) -> tuple[Config|CodecConfig, TrainState, ImageData]: # fitted to the images; untrained; to train on
     "Tries data and model creation. Raises `CheckError` at the first part that fails."
     with part("data") as say:
         data, _ = load_data(config.data, root, config.resize)
+        if not config.uses_labels: data = without_labels(data)
         config = fit_to_data(config, tuple(data.images.shape[1:]), data.classes)
         batch_size = min(config.train.batch_size, len(data))
         config = replace(config, train=replace(config.train, batch_size=batch_size))
@@ -83,7 +89,8 @@ def check_inputs(
         expect(-1 <= x0.min() <= x0.max() <= 1,
                f"pixels lie in {x0.min()} ... {x0.max()} instead of -1 ... 1")
         size = "x".join(map(str, config.image_shape))
-        say(f"{len(data):,} images of {size} pixels in {len(config.classes)} classes ({config.data})")
+        classes = f"{len(config.classes)} classes" if config.classes else "no classes"
+        say(f"{len(data):,} images of {size} pixels in {classes} ({config.data})")
         if config.data == "sample":
             found = all((root/"FashionMNIST"/"raw"/name).exists() for name in RAW_FILES)
             if found: say(f"{len(load_fashion_mnist(root)):,} in {root}")
@@ -97,9 +104,10 @@ def check_inputs(
 def check_loss(
     state: TrainState, # untrained
     data: ImageData,
-    config: Config
+    config: Config|CodecConfig
 ):
     "Tries the forward pass and the loss. Raises `CheckError` at the first part that fails."
+    if isinstance(config, CodecConfig): return _check_codec_loss(state, data, config)
     scheduler, generator = config.scheduler.build(), torch.Generator().manual_seed(0)
     device = next(state.model.parameters()).device
     x0, cond = next(batches(data, 16, generator=generator, device=device))
@@ -116,11 +124,26 @@ def check_loss(
                f"the untrained network has a loss of {loss}, zeros have {expected}")
         say(f"{loss:.3f} before training")
 
+def _check_codec_loss(state, data, config):
+    device = next(state.model.parameters()).device
+    x0, _ = next(batches(data, 16, generator=torch.Generator().manual_seed(0), device=device))
+    latent_shape = config.model.latent_shape(config.image_shape)
+    with part("forward pass") as say, torch.no_grad():
+        rebuilt, mean, log_var = state.model(x0, torch.zeros(len(x0), *latent_shape, device=device))
+        expect(rebuilt.shape == x0.shape, f"{tuple(x0.shape)} became {tuple(rebuilt.shape)}")
+        expect(mean.shape == log_var.shape == (len(x0), *latent_shape),
+               f"the latents are {tuple(mean.shape)}")
+        say(f"{tuple(x0.shape)} through {tuple(mean.shape)}")
+    with part("loss") as say, torch.no_grad():
+        losses, _ = config.build_objective()(state.model, x0, {}, torch.Generator().manual_seed(0))
+        expect(bool(losses.isfinite().all()), "the loss of the untrained network is not finite")
+        say(f"{losses.mean():.3f} before training")
+
 # %% ../../nbs/16_check.ipynb #8979019b
 def check_training(
     state: TrainState, # changed in place
     data: ImageData,
-    config: Config,
+    config: Config|CodecConfig,
     precision: str     # "fp32" or "bf16"
 ):
     "Tries training steps and EMA. Raises `CheckError` at the first part that fails."
@@ -140,10 +163,12 @@ def check_training(
 # %% ../../nbs/16_check.ipynb #2105e74e
 def check_outputs(
     state: TrainState,
-    config: Config,
+    config: Config|CodecConfig,
+    data: ImageData,
     precision: str # "fp32" or "bf16"
 ):
-    "Tries checkpoint and sampling. Raises `CheckError` at the first part that fails."
+    """Tries checkpoint and sampling, or rebuilding for an autoencoder. Raises `CheckError` at the first part
+    that fails."""
     with part("checkpoint") as say, tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/"check.pth"
         save_checkpoint(path, state, config, {})
@@ -151,6 +176,12 @@ def check_outputs(
         weights = zip(loaded.parameters(), state.ema.parameters())
         expect(all(torch.equal(a, b) for a, b in weights), "the loaded weights are not the saved ones")
         say(f"{path.stat().st_size/1e6:.1f} MB, saved and loaded")
+    if isinstance(config, CodecConfig):
+        with part("rebuilding") as say:
+            rebuilt = rebuild_images(loaded, data.images[:10], precision)
+            expect(rebuilt.shape == data.images[:10].shape, f"the rebuilt images are {tuple(rebuilt.shape)}")
+            say(f"{tuple(rebuilt.shape)}")
+        return
     with part("sampling") as say:
         labels, generator = torch.arange(10) % max(len(config.classes), 1), torch.Generator().manual_seed(0)
         cond = label_conditions(config, labels)
@@ -165,16 +196,17 @@ def check(
     "Tries all parts from the bottom up, with a preset's model. Raises `CheckError` at the first failure."
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    preset = PRESETS[options.config]
+    preset = options.preset
     own = "sample" if preset.data == "fashion_mnist" else preset.data # the sample comes with the package
     config = replace(preset, data=options.data or own,
                      resize=options.resize if options.data or options.resize else preset.resize)
-    config = replace(config, train=replace(config.train, batch_size=16, max_steps=2),
-                     sampling=replace(config.sampling, num_inference_steps=4))
+    config = replace(config, train=replace(config.train, batch_size=16, max_steps=2))
+    if isinstance(config, Config):
+        config = replace(config, sampling=replace(config.sampling, num_inference_steps=4))
     config, state, data = check_inputs(config, device, options.data_root or default_data_root())
     check_loss(state, data, config)
     check_training(state, data, config, precision)
-    check_outputs(state, config, precision)
+    check_outputs(state, config, data, precision)
 
 # %% ../../nbs/16_check.ipynb #603971ee
 def ddpm_check():

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
-from .config import Config, ConfigError, config_from_dict
+from .config import CodecConfig, Config, ConfigError, config_from_dict
 from .device import new_model
 from .files import link_or_copy, sync_folder, write_atomic
 from ..training import TrainState
-from ..unet import UNet
 
 # %% ../../nbs/11_checkpoint.ipynb #785f7530
 class CheckpointError(Exception):
@@ -45,7 +45,7 @@ def iter_tensors(
 def save_checkpoint(
     path: Path,
     state: TrainState,
-    config: Config,
+    config: Config|CodecConfig,
     progress: dict # plain values that the caller wants back, e.g. the best loss so far
 ):
     """Saves everything that a run needs to go on, as tensors and plain values only, so that it can be loaded
@@ -132,7 +132,7 @@ KEEP = 3 # checkpoints under the names of their steps
 def save_run(
     folder: Path,         # of the checkpoints
     state: TrainState,
-    config: Config,
+    config: Config|CodecConfig,
     progress: dict,
     *,
     is_best: bool=False,  # also save it as `best_model.pth`
@@ -175,7 +175,7 @@ def load_latest(
 def save_weights(
     path: Path,            # a .safetensors file
     weights: dict,         # name to Tensor, e.g. `state.ema.state_dict()`
-    config: Config
+    config: Config|CodecConfig
 ):
     "Saves averaged weights in half precision together with the configuration: an eighth of a checkpoint."
     half = {name: weight.half().contiguous() for name, weight in weights.items()}
@@ -198,8 +198,8 @@ def load_model(
     *,
     use_ema: bool=True,              # the averaged weights; otherwise those of the last step
     device: torch.device|str="cpu"
-) -> tuple[UNet, Config]:
-    "A trained model, ready to sample from, and its configuration. Raises `CheckpointError`."
+) -> tuple[nn.Module, Config|CodecConfig]: # a `UNet`, or an `Autoencoder`
+    "A trained network, ready to use, and its configuration. Raises `CheckpointError`."
     path = Path(path).expanduser()
     checkpoint = load_weights(path) if is_weights_file(path) else load_checkpoint(path)
     if not use_ema and "model" not in checkpoint:
@@ -212,13 +212,14 @@ def load_model(
 
 # %% ../../nbs/11_checkpoint.ipynb #0bbfa5fe
 PRETRAINED = {name: files("ddpm_tutorial")/"assets"/f"{name}.safetensors"
-              for name in ("small", "small_few", "small_one")} # the others draw in 4 steps and 1 (lesson 27)
+              for name in ("small", "small_few", "small_one", # the others draw in 4 steps and 1 (lesson 27)
+                           "emoji_autoencoder")}              # lesson 30
 
 def load_pretrained(
     name: str="small",      # a name in `PRETRAINED`
     device: torch.device|str="cpu"
-) -> tuple[UNet, Config]:
-    """A model that comes with the package, ready to sample from, and its configuration.
+) -> tuple[nn.Module, Config|CodecConfig]:
+    """A network that comes with the package, ready to use, and its configuration.
     Raises `ValueError` for another name."""
     if name not in PRETRAINED: raise ValueError(f"name must be one of {list(PRETRAINED)}, not {name!r}")
     return load_model(PRETRAINED[name], device=device)

@@ -6,7 +6,7 @@
 __all__ = ['complete_flags', 'expand_user_paths', 'parse_options', 'SteadyStream', 'steady_output', 'run_command']
 
 # %% ../../nbs/10c_cli.ipynb #10c-export
-import os, sys, warnings
+import os, re, sys, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -49,7 +49,7 @@ def parse_options(
     **defaults                 # defaults to use in place of the dataclass's own
 ):                             # an instance of cls
     "Reads a command line. A bad value, an unknown option or a typo ends the program with exit code 2."
-    prog = f"ddpm_{cls.__name__.removesuffix('Options').lower()}"
+    prog = f"ddpm_{re.findall('[A-Z][a-z]+', cls.__name__)[-2].lower()}" # the word before Options
     default = {"default": cls(**defaults)} if defaults else {}
     args = complete_flags(cls, sys.argv[1:] if args is None else args)
     options = tyro.cli(cls, prog=prog, description=cls.__doc__, args=args,

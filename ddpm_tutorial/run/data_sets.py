@@ -19,11 +19,14 @@ def _sample_data(root, resize):
 def _fashion_mnist_data(root, resize):
     return tuple(resized(load_fashion_mnist(root, split), resize) for split in ("train", "validation"))
 
-def _emoji_data(root, resize):
-    return tuple(load_emoji(resize or 64, split, root=root) for split in ("train", "validation"))
+def _emoji_data(root, resize, skin_tones=False):
+    return tuple(load_emoji(resize or 64, split, skin_tones, root) for split in ("train", "validation"))
+
+def _emoji_tones_data(root, resize): return _emoji_data(root, resize, skin_tones=True)
 
 # each takes a data root and a size, or None for its own size, and gives training and validation images
-DATA_SETS = {"fashion_mnist": _fashion_mnist_data, "sample": _sample_data, "emoji": _emoji_data}
+DATA_SETS = {"fashion_mnist": _fashion_mnist_data, "sample": _sample_data, "emoji": _emoji_data,
+             "emoji_tones": _emoji_tones_data} # with all variants of skin tone
 
 def load_data(
     name: str="fashion_mnist",    # a name in `DATA_SETS`, or a path for `load_images`

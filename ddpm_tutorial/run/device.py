@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_MEMORY', 'label_conditions', 'choose_device', 'NotEnoughMemory', 'explain_out_of_memory', 'memory_mib',
-           'saved_bytes', 'free_memory', 'check_memory', 'choose_precision', 'new_model', 'sampling_steps']
+           'saved_bytes', 'free_memory', 'take_smaller', 'check_memory', 'choose_precision', 'new_model',
+           'sampling_steps']
 
 # %% ../../nbs/10b_device.ipynb #10b-export
 import re, resource, sys
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..solvers import METHODS
-from .config import Config, ConfigError
+from .config import CodecConfig, Config, ConfigError
 from ..sampler import Step, guided
 from ..training import autocast_to
 from ..unet import UNet
 
 # %% ../../nbs/10b_device.ipynb #10b-label
 def label_conditions(
-    config: Config,
+    config: Config|CodecConfig,
     labels: Tensor # int64 (B,)
 ) -> dict:
     "Conditions of a model with classes, {} for others. Raises `ValueError` for an unknown class."
@@ -102,17 +103,23 @@ def free_memory(
     except (OSError, ValueError, KeyError): return available # no container, or one without a limit
     return min(available, limit - used + int(cached))
 
-def _kept_for(n: int, model: nn.Module, config: Config, precision: str) -> int:
+def _kept_for(n: int, model: nn.Module, config: Config|CodecConfig, precision: str) -> int:
     "What the forward pass keeps for `n` images, in bytes."
     device = next(model.parameters()).device
     x = torch.zeros(n, *config.image_shape, device=device)
     zeros = torch.zeros(n, dtype=torch.int64, device=device)
     cond = label_conditions(config, zeros)
+    if isinstance(config, CodecConfig): # an autoencoder takes noise for its latents instead of a time
+        zeros = torch.zeros(n, *config.model.latent_shape(config.image_shape), device=device)
     with autocast_to(precision, device): return saved_bytes(model, lambda: model(x, zeros, **cond))
+
+def take_smaller(config: Config|CodecConfig) -> str:
+    "What to do if a network is too large."
+    return "lower --base_channels" if isinstance(config, CodecConfig) else "take a smaller --config"
 
 def check_memory(
     model: nn.Module,
-    config: Config,
+    config: Config|CodecConfig,
     precision: str, # "fp32" or "bf16"
     free: int,      # bytes, from `free_memory`
     share: int=1    # how many processes share the batch, each with its own device
@@ -130,8 +137,8 @@ def check_memory(
     fits = share*int((free - fixed)/(2*each)) # images at a time
     if fits > 0:
         advice = (f"lower --batch_size to {min(fits*parts, batch_size)}, or compute it in parts with "
-                  f"--accumulate {-(-batch_size//fits)}, or take a smaller --config")
-    else: advice = "not even one image fits: take a smaller --config"
+                  f"--accumulate {-(-batch_size//fits)}, or {take_smaller(config)}")
+    else: advice = f"not even one image fits: {take_smaller(config)}"
     raise NotEnoughMemory(f"a step with batch_size {batch_size} needs {need/2**30:.1f} GiB, and "
                           f"{max(free, 0)/2**30:.1f} GiB are free on {next(model.parameters()).device}; "
                           f"{advice}")
@@ -154,17 +161,17 @@ def choose_precision(
 
 # %% ../../nbs/10b_device.ipynb #7ce0271a
 def new_model(
-    config: Config,
+    config: Config|CodecConfig,
     device: torch.device | str="cpu"
-) -> UNet:
+) -> nn.Module: # a `UNet` or an `Autoencoder`
     "Random weights that depend on the seed alone. The global random generator stays as it was."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed) # torch.manual_seed would seed the GPUs as well
-        model = UNet(config.model).to(device)
+        model = config.build_model().to(device)
     # With the channels of a pixel side by side, convolutions on a CPU are faster. Group norms are slower,
     # unless their groups have many channels.
     wide_groups = config.model.base_channels >= 16*config.model.num_groups
-    on_cpu = model.conv_in.weight.device.type == "cpu"
+    on_cpu = next(model.parameters()).device.type == "cpu"
     return model.to(memory_format=torch.channels_last) if wide_groups and on_cpu else model
 
 # %% ../../nbs/10b_device.ipynb #41eea6f8

@@ -6,9 +6,10 @@
 __all__ = ['evenly_spaced', 'draw_curves', 'write_report', 'try_report']
 
 # %% ../../nbs/12b_report.ipynb #12b-export
-import base64, html, io, math, warnings
+import base64, html, io, json, math, warnings
 from pathlib import Path
 
+from .config import is_codec
 from .files import write_atomic
 from .tracking import read_metrics
 
@@ -48,6 +49,7 @@ def draw_curves(
     levels.set(xlabel="noise level, t / T", ylabel="training loss", yscale="log", title="Loss by noise level")
     lr.set(xlabel="step", ylabel="learning rate", ylim=(0, None), title="Learning rate")
     speed.set(xlabel="step", ylabel="images per second", ylim=(0, None), title="Speed of training")
+    levels.set_visible(bool(levels.lines)) # an autoencoder has no noise levels
     for axis in (loss, levels):
         if axis.lines: axis.legend(fontsize=8)
     picture = io.StringIO()
@@ -93,11 +95,14 @@ def write_report(
     epochs = [{name: value for name, value in row.items() if name != "loss_by_noise"}
               for row in rows if "validation_loss" in row]
     settings = (folder/"config.json").read_text(encoding="utf-8")
+    about_samples = ("Images that it was not trained on, and below each row what the autoencoder makes of it."
+                     if is_codec(json.loads(settings))
+                     else "The same noise every time, one row for each class.")
     page = f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>
 <body><h1>{title}</h1>
 <h2>Curves</h2>{draw_curves(rows)}
-<h2>Samples</h2><p>The same noise every time, one row for each class.</p>{samples or '<p>none yet</p>'}
+<h2>Samples</h2><p>{about_samples}</p>{samples or '<p>none yet</p>'}
 <h2>Epochs, time and memory</h2><div>{_table(epochs)}</div>
 <p>seconds: time spent on training alone. memory_mib: the most memory that was used so far.</p>
 <h2>Starts</h2><div>{_table(starts)}</div>

@@ -22,8 +22,8 @@ from ..data import PIXELS, image_grid, to_pil
 from ..solvers import METHODS
 from .checkpoint import PRETRAINED, load_model
 from .cli import parse_options, run_command, steady_output
-from .config import (MAY_DIFFER, Config, ConfigError, SamplingConfig, config_from_dict,
-                                      differences)
+from .config import (AUTOENCODERS, MAY_DIFFER, CodecConfig, Config, ConfigError,
+                                      SamplingConfig, config_from_dict, differences)
 from .device import (choose_device, choose_precision, explain_out_of_memory,
                                       label_conditions, sampling_steps)
 from .files import make_folder, write_atomic
@@ -197,8 +197,12 @@ def model_to_draw(
     path = PRETRAINED.get(str(options.checkpoint or "small"), options.checkpoint)
     if not path.exists():
         raise ConfigError(f"checkpoint {path} is not there; a run leaves its checkpoints in "
-                          f"<output_dir>/checkpoints, and the package has {', '.join(PRETRAINED)}")
+                          "<output_dir>/checkpoints, and the package has "
+                          f"{', '.join(name for name in PRETRAINED if name not in AUTOENCODERS)}")
     model, config = load_model(path, use_ema=options.use_ema, device=device)
+    if isinstance(config, CodecConfig):
+        raise ConfigError(f"{path} is an autoencoder, which only makes images smaller and brings them back; "
+                          "to draw new ones, name a checkpoint of a diffusion model")
     if options.config: check_config(options.config, config)
     changes, trained = options.sampling_changes, config.sampling
     for name in ("guidance_scale", "guidance_interval"):
