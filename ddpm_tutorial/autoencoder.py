@@ -41,9 +41,9 @@ class AutoencoderConfig:
     "Everything that decides the shape of an `Autoencoder`. Raises `ValueError` for what cannot be built."
     in_channels: int=3                          # 1 grey, 3 colour; a run reads it off its images
     latent_channels: int=4                      # numbers that the latent has at each of its positions
-    patch_size: int=2                           # each 2x2 patch is one pixel, as in the U-Net
+    patch_size: int=2                           # side of the square patch that becomes one pixel
     base_channels: int=64                       # width of the first level
-    channel_multipliers: tuple[int, ...]=(1, 2) # width of each level / base_channels; a level halves the size
+    channel_multipliers: tuple[int, ...]=(1, 2) # width of each level / base_channels; all but the first halve
     num_res_blocks: int=1                       # per level, on the way in and on the way out
     num_groups: int=4                           # groups of every group norm
 
@@ -114,7 +114,7 @@ class Autoencoder(nn.Module):
         "Raises `ValueError` if the factor does not divide the sides."
         self.config.latent_shape(x.shape[1:])
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
-        return mean, log_var.clamp(-30, 20)
+        return mean, log_var.clamp(-30, 20) # keeps exp() finite
 
     def decode(self,
         z: Tensor # latents (B, c, h, w)
@@ -134,7 +134,8 @@ def rebuilding_loss(
     x0: Tensor,               # the images, as rebuilt
     gradient_weight: float=1. # of the differences between neighbours
 ) -> Tensor:                  # (B,)
-    "Mean absolute error of the pixels, plus that of the steps from each pixel to those below and beside it."
+    """Mean absolute error of the pixels, plus `gradient_weight` times that of the steps from each pixel to
+    those below and beside it, averaged over the two directions."""
     error = rebuilt - x0
     losses = error.abs().flatten(1).mean(dim=1)
     for dim in (2, 3):
@@ -245,9 +246,9 @@ def latent_codec(
     mean: tuple[float, ...], # of each channel of the latents, from `latent_statistics`
     std: tuple[float, ...]   # the same
 ) -> Codec:
-    """What lies between images and latent diffusion: `encode` gives latents with mean 0 and standard
-    deviation 1 in each channel, `decode` brings them back
-    ([2112.10752](https://arxiv.org/abs/2112.10752), appendix G, with one factor for all channels)."""
+    """What lies between images and latent diffusion: `encode` shifts and scales each channel, to mean 0 and
+    standard deviation 1 on the images that `mean` and `std` were measured on; `decode` undoes it
+    ([2112.10752](https://arxiv.org/abs/2112.10752), appendix G, which uses one factor for all channels)."""
     device = next(autoencoder.parameters()).device
     shift, scale = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
     def encode(images): return (encode_images(autoencoder, images).to(device) - shift)/scale

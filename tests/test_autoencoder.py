@@ -243,9 +243,9 @@ def test_what_cannot_be_is_refused(data, args, says, tmp_path, capsys):
     assert command(train, *SETTINGS, "--data", data, "--output_dir", tmp_path/"x", *args) == 2
     assert says in capsys.readouterr().err
 
-@pytest.mark.parametrize("module", [sample, evaluate])
-def test_it_draws_nothing(run, module, capsys):
-    assert command(module, "--checkpoint", run/"checkpoints"/"best_model.pth", "--device", "cpu") == 2
+@pytest.mark.parametrize("module, args", [(sample, []), (evaluate, ["--data", "sample"])])
+def test_it_draws_nothing(run, module, args, capsys):
+    assert command(module, "--checkpoint", run/"checkpoints"/"best_model.pth", "--device", "cpu", *args) == 2
     assert "is an autoencoder" in capsys.readouterr().err
 
 def test_another_kind_of_run_is_not_resumed(run, data, tmp_path, capsys):
