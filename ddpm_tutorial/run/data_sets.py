@@ -6,6 +6,7 @@
 __all__ = ['DATA_SETS', 'load_data']
 
 # %% ../../nbs/10f_data_sets.ipynb #10f-export
+from functools import partial
 from pathlib import Path
 
 from ..data import (DataError, ImageData, hold_out, load_fashion_mnist, load_images, load_sample,
@@ -22,11 +23,9 @@ def _fashion_mnist_data(root, resize):
 def _emoji_data(root, resize, skin_tones=False):
     return tuple(load_emoji(resize or 64, split, skin_tones, root) for split in ("train", "validation"))
 
-def _emoji_tones_data(root, resize): return _emoji_data(root, resize, skin_tones=True)
-
 # each takes a data root and a size, or None for its own size, and gives training and validation images
 DATA_SETS = {"fashion_mnist": _fashion_mnist_data, "sample": _sample_data, "emoji": _emoji_data,
-             "emoji_tones": _emoji_tones_data} # with all variants of skin tone
+             "emoji_tones": partial(_emoji_data, skin_tones=True)} # with all variants of skin tone
 
 def load_data(
     name: str="fashion_mnist",    # a name in `DATA_SETS`, or a path for `load_images`
