@@ -26,7 +26,7 @@ setup(
     package_data={s["lib_name"]: ["assets/*"]},
     python_requires=">=" + s["min_python"],
     install_requires=s["requirements"].split(),
-    extras_require={"dev": s["dev_requirements"].split(), "emoji": s["emoji_requirements"].split()},
+    extras_require={name: s[f"{name}_requirements"].split() for name in ("dev", "emoji", "bert")},
     entry_points={
         "console_scripts": s["console_scripts"].split(),
         "nbdev": [f"{s['lib_name']}={s['lib_name']}._modidx:d"],   # lets nbdev link to these docs

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'PIXELS', 'RAW_FILES', 'SPLITS', 'DataError', 'ImageData', 'load_sample', 'show_images', 'to_float',
-           'to_uint8', 'Codec', 'batches', 'image_grid', 'to_pil', 'resized', 'load_images', 'hold_out',
-           'without_labels', 'full_or_tiny', 'check_raw_files', 'default_data_root', 'download_fashion_mnist',
-           'load_fashion_mnist', 'fingerprint']
+           'to_uint8', 'Codec', 'batches', 'image_grid', 'to_pil', 'fit_square', 'resized', 'load_image', 'load_images',
+           'hold_out', 'without_labels', 'full_or_tiny', 'check_raw_files', 'default_data_root',
+           'download_fashion_mnist', 'load_fashion_mnist', 'fingerprint']
 
 # %% ../nbs/01_data.ipynb #01-003
 import hashlib
+import json
 import os
 import tempfile
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +37,10 @@ class DataError(Exception):
 @dataclass(frozen=True, eq=False)
 class ImageData:
     "Images and labels, all in memory. Raises `DataError` if the two do not fit together."
-    images: Tensor             # uint8 (n, C, H, W), 0 is black
-    labels: Tensor             # int64 (n,), 0 ... len(classes)-1; all 0 if there are no classes
-    classes: tuple[str, ...]   # names; empty for images without labels
+    images: Tensor               # uint8 (n, C, H, W), 0 is black
+    labels: Tensor               # int64 (n,), 0 ... len(classes)-1; all 0 if there are no classes
+    classes: tuple[str, ...]     # names; empty for images without labels
+    captions: tuple[str, ...]=() # what each image shows, in words; empty for images without captions
 
     def __post_init__(self):
         dtype, shape = self.images.dtype, tuple(self.images.shape)
@@ -51,11 +53,15 @@ class ImageData:
         allowed, lowest, highest = max(len(self.classes), 1), self.labels.min(), self.labels.max()
         if lowest < 0 or highest >= allowed:
             raise DataError(f"labels must be in 0 ... {allowed - 1}, not {lowest} ... {highest}")
+        if self.captions and len(self.captions) != n:
+            raise DataError(f"{n} images need as many captions, not {len(self.captions)}")
 
     def __len__(self): return len(self.images)
 
     def __getitem__(self, index) -> "ImageData": # the same for a slice or a tensor of indices
-        return ImageData(self.images[index], self.labels[index], self.classes)
+        chosen = torch.arange(len(self))[index].tolist() if self.captions else []
+        captions = tuple(self.captions[i] for i in chosen)
+        return ImageData(self.images[index], self.labels[index], self.classes, captions)
 
     def batch(self,
         index: Tensor,        # int64 (B,): which images
@@ -210,12 +216,16 @@ def _open(file: Path): # a Pillow image, the right way up
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{file} is too large: {str(error).split(',')[0]}; make it smaller first") from error
     except Exception as error: # a damaged file can raise nearly anything
-        raise DataError(f"{file} cannot be read as an image ({error}); remove it") from error
+        raise DataError(f"{file} cannot be read as an image ({error}); mend it, or leave it out") from error
     if frames > 1: raise DataError(f"{file} holds {frames} images (animation or pages); save one by itself")
     return image
 
 # %% ../nbs/01_data.ipynb #01-own-fit
-def _fit(image, n: int): # a Pillow image -> n x n: the middle square, scaled
+def fit_square(
+    image, # a Pillow image
+    n: int # pixels, at least 8
+):         # a Pillow image of n x n pixels
+    "The middle square of a picture, scaled. Raises `DataError` for a size below 8."
     from PIL import Image
     if n < 8: raise DataError(f"images cannot be resized to {n} pixels; the smallest size is 8")
     side = min(image.size)
@@ -233,7 +243,8 @@ def _pixels(file: Path, resize: int|None) -> np.ndarray: # (H, W), (H, W, 3); (H
         if image.getchannel("A").getextrema()[0] < 255:
             raise DataError(f"{file} is transparent in places; put it on a background of your choice")
     image = image.convert("L" if mode in ("1", "L", "LA") else "RGB")
-    pixels = np.asarray(image if resize is None else _fit(image, resize))
+    try: pixels = np.asarray(image if resize is None else fit_square(image, resize))
+    except DataError as error: raise DataError(f"{file}: {error}") from error
     return pixels[..., :1] if mode[0] == "P" and not np.ptp(pixels, axis=2).any() else pixels
 
 # %% ../nbs/01_data.ipynb #01-own-arrays
@@ -260,9 +271,43 @@ def _from_arrays(images, labels, classes) -> ImageData: # (n, H, W) or (n, H, W,
     images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return ImageData(images, torch.from_numpy(labels.astype(np.int64)), tuple(text))
 
+# %% ../nbs/01_data.ipynb #01-own-captions
+def _caption_in(line: str, place: str, folder: Path) -> tuple[Path, str]: # an image, and its caption
+    try: row = json.loads(line)
+    except ValueError as error: raise DataError(f"{place} is no JSON ({error}); mend the line") from error
+    name, text = (row.get(key) if isinstance(row, dict) else None for key in ("file_name", "text"))
+    if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+        raise DataError(f'{place} needs a file_name and a text, such as '
+                        '{"file_name": "cat.png", "text": "a black cat"}')
+    image = folder/name
+    if not image.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{place} names {name}, which lies outside of {folder}; move it there")
+    if not image.is_file(): raise DataError(f"{place} names {name}, which is not there; remove the line")
+    return image, text.strip()
+
+def _find_captions(file: Path) -> dict[Path, str]: # each image that a metadata.jsonl names, and its caption
+    found, folder = {}, file.parent
+    try: lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8 ({error}); save it as one") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip(): continue
+        image, text = _caption_in(line, f"{file}, line {number},", folder)
+        if image in found: raise DataError(f"{file}, line {number}, names {image.name} a second time")
+        found[image] = text
+    if not found: raise DataError(f"{file} names no image")
+    endings = {image.suffix for image in found}
+    unnamed = [path for path in folder.rglob("*") if path.suffix in endings and path not in found]
+    if unnamed: warnings.warn(f"{folder}: left out {len(unnamed)} images that {file.name} does not name, "
+                              f"such as {unnamed[0].relative_to(folder)}")
+    return found
+
 # %% ../nbs/01_data.ipynb #01-own-folder
 def _load_folder(folder: Path, resize: int | None) -> ImageData:
-    files, labels, classes = _find_images(folder)
+    metadata = folder/"metadata.jsonl"
+    captions = _find_captions(metadata) if metadata.is_file() else {}
+    if captions: files, labels, classes = list(captions), [0]*len(captions), ()
+    else: files, labels, classes = _find_images(folder)
     arrays, first = [], {}                  # the first file of each number of channels
     for file in files:
         pixels = _pixels(file, resize)
@@ -276,7 +321,8 @@ def _load_folder(folder: Path, resize: int | None) -> ImageData:
         raise DataError(f"{first[()]} is grey, {first[3,]} has colours; save all in grey, or all in colour")
     channels = 3 if (3,) in first else 1
     images = np.stack([np.broadcast_to(array, (height, width, channels)) for array in arrays])
-    return _from_arrays(images, np.array(labels), classes)
+    data = _from_arrays(images, np.array(labels), classes)
+    return replace(data, captions=tuple(captions.values()))
 
 # %% ../nbs/01_data.ipynb #01-own-npz
 def _load_npz(file: Path) -> ImageData:
@@ -305,14 +351,23 @@ def resized(
 ) -> ImageData:
     "The middle square of each image, scaled to n x n pixels."
     if n is None: return data
-    images = np.stack([np.asarray(_fit(to_pil(image), n)) for image in data.images])
-    return _from_arrays(images, data.labels.numpy(), data.classes)
+    images = np.stack([np.asarray(fit_square(to_pil(image), n)) for image in data.images])
+    return replace(_from_arrays(images, data.labels.numpy(), data.classes), captions=data.captions)
+
+def load_image(
+    path: str|Path,       # any format that Pillow reads
+    resize: int|None=None # scale the middle square to this many pixels
+) -> Tensor:              # uint8 (C, H, W), C 1 or 3
+    "One picture of your own. Raises `DataError`, which names the file."
+    pixels = _pixels(Path(os.path.expanduser(path)), resize)
+    return torch.from_numpy(np.array(pixels)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
 
 def load_images(
     path: str | Path,     # a folder (its sub-folders are classes), or an .npz of `images` and maybe `labels`
     resize: int|None=None # scale the middle square of each image to this many pixels
 ) -> ImageData:           # any size from 8 pixels, grey or colour
-    "Your own images. Raises `DataError`, which names the file. One warning lists what was left out."
+    """Your own images. A folder with a `metadata.jsonl` (`file_name` and `text` in each line) has captions.
+    Raises `DataError`, which names the file. One warning lists what was left out."""
     if not os.fspath(path): raise DataError("the path of the images is empty: name a folder or an .npz file")
     path = Path(os.path.expanduser(path))
     try:
@@ -345,7 +400,7 @@ def hold_out(
 # %% ../nbs/01_data.ipynb #e09bb7c0
 def without_labels(data: ImageData) -> ImageData:
     "The same images without classes, for a model that isn't told what to draw."
-    return ImageData(data.images, torch.zeros_like(data.labels), ())
+    return replace(data, labels=torch.zeros_like(data.labels), classes=())
 
 # %% ../nbs/01_data.ipynb #01-092
 def full_or_tiny(
@@ -431,7 +486,8 @@ def load_fashion_mnist(
 def fingerprint(
     data: ImageData
 ) -> str: # 16 hexadecimal digits
-    "Equal for equal images, labels and names, wherever they lie. Different if a single pixel differs."
+    "Equal for equal images, labels, names and captions. Different if a single pixel differs."
     digest = hashlib.sha256(repr((tuple(data.images.shape), list(map(str, data.classes)))).encode())
     for part in (data.images, data.labels): digest.update(part.cpu().contiguous().numpy())
+    if data.captions: digest.update(repr(data.captions).encode())
     return digest.hexdigest()[:16]

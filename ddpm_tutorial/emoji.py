@@ -171,7 +171,8 @@ def emoji_with_names(
     skin_tones: bool=False,    # with all variants of skin tone, or each picture in yellow alone
     root: str|Path|None=None   # data root; default: `default_data_root()`
 ) -> tuple[ImageData, tuple[Emoji, ...]]: # uint8 (n, 3, size, size), with labels by `GROUPS`; and their names
-    "Emoji with their groups as labels. Raises `DataError` if a package is missing."
+    """Emoji with their groups as labels and their names as captions. Raises `DataError` if a package is
+    missing."""
     if split not in (*EMOJI_SPLITS, "all"):
         raise ValueError(f"split must be one of {[*EMOJI_SPLITS, 'all']}, not {split!r}")
     if split == "combinations" and not skin_tones:
@@ -179,8 +180,9 @@ def emoji_with_names(
     images, about = emoji_pictures(size, root)
     index = [i for i, emoji in enumerate(about) if split in ("all", emoji_split(emoji))
              and (skin_tones or not emoji.has_skin_tone)]
-    labels = torch.tensor([GROUPS.index(about[i].group) for i in index])
-    return ImageData(images[index], labels, GROUPS), tuple(about[i] for i in index)
+    chosen = tuple(about[i] for i in index)
+    labels = torch.tensor([GROUPS.index(emoji.group) for emoji in chosen])
+    return ImageData(images[index], labels, GROUPS, tuple(emoji.name for emoji in chosen)), chosen
 
 # %% ../nbs/23_resolution.ipynb #23-load-images
 def load_emoji(

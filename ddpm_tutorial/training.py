@@ -133,7 +133,7 @@ class TrainConfig:
     warmup_steps: int=0          # steps in which the learning rate rises to lr
     lr_decay: bool=False         # fall to 0 along a cosine until the end of the run
     weight_decay: float=0.0
-    label_dropout: float=0.1     # share of images whose label is hidden
+    label_dropout: float=0.1     # share of images whose label or caption is hidden
     ema_decay: float=0.999       # longest memory of the averaged weights
     grad_clip: float=1.0         # longest gradient that is let through
     seed: int=0

@@ -90,6 +90,7 @@ class UNetConfig:
     head_dim: int=32                                 # width of an attention head
     feed_forward: bool=True                          # feed-forward after the attention
     num_groups: int=2                                # groups of every group norm
+    context_dim: int=0                               # width of what the pixels ask; 0: no cross-attention
     learned_variance: bool=False                     # also predict the step's variance, for the likelihood
     checkpoint_activations: bool=False               # compute each block twice in training, to save memory
 
@@ -104,7 +105,9 @@ class UNetConfig:
         for name in counts:
             value = getattr(self, name)
             if not 1 <= value <= 2**16: raise ValueError(f"{name} must be in 1 ... {2**16}, not {value}")
-        if self.num_classes < 0: raise ValueError(f"num_classes must be at least 0, not {self.num_classes}")
+        for name in ("num_classes", "context_dim"):
+            value = getattr(self, name)
+            if value < 0: raise ValueError(f"{name} must be at least 0, not {value}")
         if self.image_size < 8: raise ValueError(f"image_size must be at least 8, not {self.image_size}")
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
@@ -149,19 +152,22 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.residual = ResBlock(in_channels, out_channels, 4*config.base_channels, config.num_groups)
-        self.attention = nn.Identity() if not with_attention else AttentionBlock(
-            out_channels, config.head_dim, config.num_groups, config.attention, config.feed_forward)
+        self.attention = None if not with_attention else AttentionBlock(
+            out_channels, config.head_dim, config.num_groups, config.attention, config.feed_forward,
+            config.context_dim)
         self.twice = config.checkpoint_activations
 
     def forward(self,
-        x,           # (B, in_channels, H, W)
-        cond,        # (B, 4 base_channels)
-        context=None # for cross-attention, which no block has yet; `UNet` refuses it
-    ):               # (B, out_channels, H, W)
-        def compute(x, cond): return self.attention(self.residual(x, cond))
-        if not self.twice or not torch.is_grad_enabled(): return compute(x, cond)
-        # only x and cond are kept; what lies between is computed once more in the backward pass
-        return checkpoint(compute, x, cond, use_reentrant=False, preserve_rng_state=False)
+        x,       # (B, in_channels, H, W)
+        cond,    # (B, 4 base_channels)
+        *context # and its mask, for cross-attention
+    ):           # (B, out_channels, H, W)
+        def compute(x, cond, *context):
+            x = self.residual(x, cond)
+            return x if self.attention is None else self.attention(x, *context)
+        if not self.twice or not torch.is_grad_enabled(): return compute(x, cond, *context)
+        # only the inputs are kept; what lies between is computed once more in the backward pass
+        return checkpoint(compute, x, cond, *context, use_reentrant=False, preserve_rng_state=False)
 
 # %% ../nbs/04_unet.ipynb #04-down-level
 class DownLevel(nn.Module):
@@ -183,12 +189,12 @@ class DownLevel(nn.Module):
     def forward(self,
         x,           # (B, in_channels, H, W)
         cond,        # (B, 4 base_channels)
-        context=None
+        *context     # and its mask, for cross-attention
     ):               # the map (B, out_channels, h, w), and the skips, a list of such maps
         if self.downsample is not None: x = self.downsample(x)
         skips = [x] if self.keeps_input else []
         for block in self.blocks:
-            x = block(x, cond, context)
+            x = block(x, cond, *context)
             skips.append(x)
         return x, skips
 
@@ -205,9 +211,9 @@ class Middle(nn.Module):
     def forward(self,
         x,           # (B, channels, h, w)
         cond,        # (B, 4 base_channels)
-        context=None
+        *context     # and its mask, for cross-attention
     ):               # (B, channels, h, w)
-        for block in self.blocks: x = block(x, cond, context)
+        for block in self.blocks: x = block(x, cond, *context)
         return x
 
 # %% ../nbs/04_unet.ipynb #04-up-level
@@ -234,11 +240,11 @@ class UpLevel(nn.Module):
         x,           # (B, in_channels, h, w)
         skips,       # the list of the `DownLevel` of the same size: the last one is used first
         cond,        # (B, 4 base_channels)
-        context=None
+        *context     # and its mask, for cross-attention
     ):               # (B, out_channels, H, W)
         if self.upsample is not None: x = self.upsample(x, skips[-1].shape[-2:])
         for block, skip in zip(self.blocks, reversed(skips)):
-            x = block(torch.cat([x, skip], dim=1), cond, context)
+            x = block(torch.cat([x, skip], dim=1), cond, *context)
         return x
 
 # %% ../nbs/04_unet.ipynb #04-rename
@@ -305,23 +311,29 @@ class UNet(nn.Module):
         return cond + self.class_embedding(labels)
 
     def forward(self,
-        x: Tensor,                 # noisy images (B, C, H, W)
-        t: Tensor,                 # their times (B,), 0 ... T-1
-        labels: Tensor|None=None,  # (B,), 0 ... num_classes; None: num_classes, the null label, for all
-        context: Tensor|None=None, # refused: no block of this network attends to one
-        with_variance: bool=False  # also return what `learned_variance` adds
-    ) -> Tensor:                   # prediction (B, C, H, W), or with the variance (B, 2 C, H, W)
-        "Raises `ValueError` for a condition that the network cannot use."
-        if context is not None: raise ValueError("this model has no cross-attention, but a context was given")
+        x: Tensor,                      # noisy images (B, C, H, W)
+        t: Tensor,                      # their times (B,), 0 ... T-1
+        labels: Tensor|None=None,       # (B,), 0 ... num_classes; None: num_classes, the null label, for all
+        context: Tensor|None=None,      # (B, M, context_dim), which every pixel may ask
+        context_mask: Tensor|None=None, # bool (B, M): the rows that may be asked; None: all of them
+        with_variance: bool=False       # also return what `learned_variance` adds
+    ) -> Tensor:                        # prediction (B, C, H, W), or with the variance (B, 2 C, H, W)
+        "Raises `ValueError` for a condition that the network cannot use, and for one that is missing."
+        if context is not None and not self.config.context_dim:
+            raise ValueError("this model has no cross-attention (context_dim is 0), but a context was given")
+        if context is None and self.config.context_dim:
+            raise ValueError("this model has cross-attention: it needs a context, "
+                             f"(B, M, {self.config.context_dim})")
         if with_variance and not self.config.learned_variance:
             raise ValueError("this model has no variance: build it with learned_variance=True")
         dtype, cond, kept = x.dtype, self.condition(t, labels), []
+        asked = () if context is None else (context, context_mask)
         x = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))   # (B, base, H/patch, W/patch)
         for level in self.down:
-            x, skips = level(x, cond, context)
+            x, skips = level(x, cond, *asked)
             kept.append(skips)
-        x = self.middle(x, cond, context)
-        for level in self.up: x = level(x, kept.pop(), cond, context)
+        x = self.middle(x, cond, *asked)
+        for level in self.up: x = level(x, kept.pop(), cond, *asked)
         x = self.conv_out(F.silu(self.norm_out(x)))
         x = F.pixel_shuffle(x, self.config.patch_size).to(dtype)     # autocast ends here: the rest needs fp32
         return x if with_variance else x[:, :self.config.in_channels]

@@ -14,14 +14,14 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.figure # noqa: F401  this import and the next take seconds; the forks need not repeat them
-import torch._dynamo # noqa: F401
+import matplotlib.figure  # noqa: F401  this import and the next take seconds; the forks need not repeat them
+import torch._dynamo  # noqa: F401
+from processes import lines, newest, same_tensors
 
 from ddpm_tutorial.run import train as product
 from ddpm_tutorial.run.checkpoint import load_checkpoint, load_latest
 from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from ddpm_tutorial.unet import UNetConfig
-from processes import lines, newest, same_tensors
 
 STEPS = 8 # for each kill; a process is killed before it has taken this many
 

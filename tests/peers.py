@@ -1,6 +1,7 @@
 """diffusers, another implementation of the same papers, set up to do what our code does."""
 from fractions import Fraction
 
+import reference
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
@@ -9,8 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddpm_tutorial.unet import Block, Downsample, UNet, Upsample
-
-import reference
 
 
 def randomised(model, seed=0):

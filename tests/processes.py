@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import ddpm_tutorial
-from ddpm_tutorial.run.checkpoint import load_checkpoint, iter_tensors
+from ddpm_tutorial.run.checkpoint import iter_tensors, load_checkpoint
 from ddpm_tutorial.run.tracking import read_metrics
 
 TIMES = {"seconds", "images_per_second", "memory_mib"} # these differ between two equal runs
@@ -192,9 +192,9 @@ def become(request):
     os._exit(code)
 
 if __name__ == "__main__":
-    import matplotlib.figure # noqa: F401  imported here, so that the forked processes need not
-    import torch._dynamo # noqa: F401
+    import matplotlib.figure  # noqa: F401  imported here, so that the forked processes need not
+    import torch._dynamo  # noqa: F401
 
-    from ddpm_tutorial.run import sample, train # noqa: F401
+    from ddpm_tutorial.run import sample, train  # noqa: F401
     gc.freeze()
     if request := serve(): become(request)

@@ -8,23 +8,39 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from processes import own_images, same_tensors, tiny
+from test_commands import command
 from torch.distributions import Normal, kl_divergence
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from ddpm_tutorial.autoencoder import (Autoencoder, AutoencoderConfig, autoencoder_figures,
-                                       autoencoder_objective, encode_images, latent_codec, latent_kl,
-                                       latent_statistics, psnr, random_symmetries, rebuild_images,
-                                       rebuilding_loss)
+from ddpm_tutorial.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    autoencoder_figures,
+    autoencoder_objective,
+    encode_images,
+    latent_codec,
+    latent_kl,
+    latent_statistics,
+    psnr,
+    random_symmetries,
+    rebuild_images,
+    rebuilding_loss,
+)
 from ddpm_tutorial.data import ImageData, load_sample, to_float
 from ddpm_tutorial.emoji import ATTRIBUTION, load_emoji
 from ddpm_tutorial.run import check, evaluate, sample, train
 from ddpm_tutorial.run.checkpoint import PRETRAINED, load_checkpoint, load_model, load_pretrained
-from ddpm_tutorial.run.config import (AUTOENCODERS, CodecConfig, ConfigError, config_from_dict, differences,
-                                      fit_to_data)
+from ddpm_tutorial.run.config import (
+    AUTOENCODERS,
+    CodecConfig,
+    ConfigError,
+    config_from_dict,
+    differences,
+    fit_to_data,
+)
 from ddpm_tutorial.run.tracking import read_metrics
 from ddpm_tutorial.training import TrainConfig, find_gradient, new_state, train_steps
-from processes import own_images, same_tensors, tiny
-from test_commands import command
 
 NETWORK = AutoencoderConfig(in_channels=1, base_channels=8, num_groups=2)
 SETTINGS = ["--config", "emoji_autoencoder", "--base_channels", 8, "--num_groups", 2, "--batch_size", 8,

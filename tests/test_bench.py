@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from scripts import TOOLS, run_script
 
 from ddpm_tutorial.data import load_sample, to_float
-from scripts import TOOLS, run_script
 
 pytest.importorskip("denoising_diffusion_pytorch")
 NETWORKS = {"ours", "diffusers, 1 layer", "diffusers, 2 layers", "lucidrains"}

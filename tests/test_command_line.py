@@ -16,27 +16,30 @@ from pathlib import Path
 
 import pytest
 import tyro
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ddpm_tutorial.objectives import LOSS_WEIGHTS, TIME_DISTRIBUTIONS
-from ddpm_tutorial.scheduler import SPACINGS
-from ddpm_tutorial.solvers import METHODS
 from ddpm_tutorial.run import check, evaluate, sample, train
 from ddpm_tutorial.run.config import AUTOENCODERS, PRESETS, CodecConfig
+from ddpm_tutorial.scheduler import SPACINGS
+from ddpm_tutorial.solvers import METHODS
 
 COMMANDS = {"ddpm_train": (train, "train", train.TrainOptions),
             "ddpm_sample": (sample, "sample_to_file", sample.SampleOptions),
             "ddpm_evaluate": (evaluate, "evaluate", evaluate.EvaluateOptions),
             "ddpm_check": (check, "check", check.CheckOptions)}
-REQUIRED = {"ddpm_sample": ["--checkpoint", "a.pth"]}
+REQUIRED = {"ddpm_sample": ["--checkpoint", "a.pth", "--init_image", "a.png"]} # for a mask
 WORK = {train: ("load_data", "load_checkpoint", "load_latest", "check_folder", "make_folder", "lock_folder",
                 "write_atomic", "save_run", "start_wandb"),
-        sample: ("load_model", "make_folder", "write_atomic"),
+        sample: ("load_model", "load_image", "make_folder", "write_atomic"),
         evaluate: ("load_fashion_mnist", "extract_features", "make_folder", "write_atomic"),
         check: ("load_data", "load_fashion_mnist", "save_checkpoint", "load_model")}
 quiet = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
-def leaves(cls, hidden=("image_shape", "classes", "student_steps")):
+FACTS = ("image_shape", "classes", "student_steps", "vocabulary", "max_words", "text_fingerprint", "latents")
+
+def leaves(cls, hidden=FACTS):
     "(name, type, default) of every field that is an option, including the nested ones."
     hints = typing.get_type_hints(cls)
     for field in fields(cls):
@@ -90,13 +93,18 @@ ALLOWED = {
         min_snr_gamma=one_of(None), variance_type=one_of("fixed_small", "fixed_large"), num_steps=at_least(2),
         image_size=at_least(8),                             # leaves 2 pixels for the last of three levels
         patch_size=one_of(1, 2, 4),                         # divides 28, and leaves as many
-        in_channels=at_least(1), num_classes=at_least(0), num_res_blocks=at_least(1),
+        in_channels=at_least(1), num_classes=at_least(0), context_dim=at_least(0), num_res_blocks=at_least(1),
+        text_encoder=one_of("none"), autoencoder=one_of(None), # `small` knows classes, and clips its samples
+        text_width=lambda v: 0 < v <= 2**14 and v % 32 == 0, text_layers=between(1, 2**14),
         base_channels=lambda v: v > 0 and v % 8 == 0,       # the middle has four times as many; heads have 32
         channel_multipliers=lambda v: 1 <= len(v) <= 5 and min(v) > 0,     # 2 pixels for the last level
         attention_resolutions=lambda v: set(v) <= set(SMALL_LEVELS), attention=one_of("self", "linear"),
         head_dim=lambda v: v > 0 and 128 % v == 0, num_groups=lambda v: v > 0 and 32 % v == 0),
     "ddpm_sample": dict(
-        checkpoint=anything, config=anything, output_dir=anything, device=anything,
+        checkpoint=anything, config=anything, output_dir=anything, device=anything, autoencoder=anything,
+        text_encoder=anything,
+        prompt=anything, prompt_file=anything, negative_prompt=anything, init_image=anything, mask=anything,
+        strength=lambda v: v is None or 0 < v <= 1,
         output=lambda v: v is None or v.suffix.lower() in (".png", ".npz"),
         mode=one_of("grid", "class_grid", "progressive"), method=one_of(None, *METHODS),
         clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS), num_samples=at_least(1),
@@ -104,7 +112,7 @@ ALLOWED = {
         guidance_scale=not_negative, spacing=one_of(None, *SPACINGS),
         guidance_interval=rising, eta=between(0, 1)),
     "ddpm_evaluate": dict(
-        checkpoint=anything, config=anything, data_root=anything, device=anything,
+        checkpoint=anything, config=anything, data_root=anything, device=anything, autoencoder=anything,
         samples=ends_in(".npz"), output=ends_in(".json"), data=one_of("fashion_mnist", "sample"),
         method=one_of(None, *METHODS), clip_sample=one_of(None, True, False), precision=one_of(*PRECISIONS),
         num_samples=at_least(20), num_inference_steps=at_least(1), batch_size=at_least(1), seed=seed,
@@ -268,7 +276,7 @@ def is_valid(command, options):
     values, kinds = values_of(options), OPTIONS[command]
     depends = {"num_steps", "num_inference_steps", "image_size", "patch_size", "base_channels",
                "channel_multipliers", "attention_resolutions", "head_dim", "num_groups", "accumulate",
-               "output", "method"}
+               "output", "method", "time_mean", "text_encoder", "autoencoder"} # presets differ in these
     for name, kind in kinds.items():
         kind, optional = describe_kind(kind)
         value = values[name]
@@ -282,11 +290,15 @@ def is_valid(command, options):
         assert set(values["attention_resolutions"]) <= set(levels) and levels[-1] >= 2
         assert values["image_size"] % values["patch_size"] == 0 and min(values["channel_multipliers"]) >= 1
         assert 1 <= values["accumulate"] <= values["batch_size"]
+        assert values["time_mean"] is None or values["time_distribution"] != "uniform"
+        assert values["text_encoder"] == "none" or values["num_classes"] == 0
+        assert values["autoencoder"] is None or not values["clip_sample"]
         assert values["method"] in (METHODS if values["eta"] == 0 else ("ddim", "dpm++"))
         steps = len(options.settings.scheduler.build())
         assert 1 <= options.settings.inference_steps <= values["num_steps"] == steps
-    if command == "ddpm_sample" and values["output"]:
-        assert values["output"].suffix in (".png", ".npz", ".gif")
+    if command == "ddpm_sample":
+        assert values["output"] is None or values["output"].suffix in (".png", ".npz", ".gif")
+        assert values["init_image"] is not None or values["strength"] is values["mask"] is None
 
 seen = collections.Counter()
 

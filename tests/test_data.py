@@ -1,5 +1,6 @@
 "The data: damaged files, the user's own images, the range of the pixels, and the real Fashion-MNIST."
 import hashlib
+import json
 import os
 import re
 import time
@@ -13,10 +14,27 @@ import torch
 import torchvision
 from PIL import Image
 
-from ddpm_tutorial.data import (CLASSES, PIXELS, RAW_FILES, DataError, ImageData, batches,
-                                check_raw_files, default_data_root, fingerprint, full_or_tiny, hold_out,
-                                image_grid, load_fashion_mnist, load_images, load_sample, to_float,
-                                to_pil, to_uint8, without_labels)
+from ddpm_tutorial.data import (
+    CLASSES,
+    PIXELS,
+    RAW_FILES,
+    DataError,
+    ImageData,
+    batches,
+    check_raw_files,
+    default_data_root,
+    fingerprint,
+    full_or_tiny,
+    hold_out,
+    image_grid,
+    load_fashion_mnist,
+    load_images,
+    load_sample,
+    to_float,
+    to_pil,
+    to_uint8,
+    without_labels,
+)
 from ddpm_tutorial.run.config import PRESETS, fit_to_data
 from ddpm_tutorial.run.data_sets import DATA_SETS, load_data
 from ddpm_tutorial.run.device import new_model
@@ -924,3 +942,49 @@ def test_damaged_npz(tmp_path, damage):
     path = save_npz(tmp_path/"own.npz", images=random_images())
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=r"own\.npz cannot be read as \.npz"): load_images(path)
+
+
+def captioned(folder, *lines):
+    "A folder with three pictures and a metadata.jsonl of these lines."
+    folder.mkdir()
+    for i in range(3): Image.new("RGB", (12, 10), (80*i, 0, 0)).save(folder/f"{i}.png")
+    (folder/"metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+def told(name, text): return json.dumps({"file_name": name, "text": text}, ensure_ascii=False)
+
+def test_captions_of_a_folder(tmp_path):
+    "In the order of the lines. Empty lines and other fields don't matter, and sub-folders are no classes."
+    folder = captioned(tmp_path/"a", told("2.png", " ein roter Hut "), "", told("deep/er/1.png", "Müll"),
+                       json.dumps({"file_name": "0.png", "text": "black", "width": 12}))
+    (folder/"deep"/"er").mkdir(parents=True)
+    (folder/"1.png").rename(folder/"deep"/"er"/"1.png")
+    data = load_images(folder)
+    assert data.captions == ("ein roter Hut", "Müll", "black") and data.classes == ()
+    assert data.images[:, 0, 0, 0].tolist() == [160, 80, 0]
+    assert load_images(folder, 8).captions == data.captions
+
+@pytest.mark.parametrize("line, says", [
+    ("{'file_name': '1.png'}", "line 2, is no JSON"), ("[1]", "line 2, needs a file_name and a text"),
+    ('{"file_name": "1.png"}', "line 2, needs"), ('{"file_name": "1.png", "text": ""}', "line 2, needs"),
+    ('{"file_name": 1, "text": "red"}', "line 2, needs"), (told("9.png", "red"), "9.png, which is not there"),
+    (told("0.png", "red"), "line 2, names 0.png a second time"), (told(".", "red"), "which is not there"),
+    (told("../b.png", "red"), "lies outside of"), (told("/etc/hostname", "red"), "lies outside of")])
+def test_captions_that_cannot_be_used(tmp_path, line, says):
+    "The message names the file and the line."
+    Image.new("RGB", (12, 10)).save(tmp_path/"b.png")
+    folder = captioned(tmp_path/"a", told("0.png", "black"), line)
+    with pytest.raises(DataError, match=re.escape(says)) as error: load_images(folder)
+    assert str(folder/"metadata.jsonl") in str(error.value) and "\n" not in str(error.value)
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", "{}".encode("utf-16")])
+def test_a_file_of_captions_without_any(tmp_path, content):
+    folder = captioned(tmp_path/"a")
+    (folder/"metadata.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="metadata.jsonl"): load_images(folder)
+
+def test_images_without_a_caption(tmp_path):
+    "They are counted, and the first one is named."
+    folder = captioned(tmp_path/"a", told("1.png", "red"))
+    with pytest.warns(UserWarning, match=r"left out 2 images that metadata.jsonl does not name, such as \d"):
+        assert len(load_images(folder)) == 1

@@ -2,12 +2,12 @@
 import re
 from dataclasses import asdict, replace
 
+import peers
 import pytest
+import reference
 import torch
 from torch.testing import assert_close
 
-import peers
-import reference
 from ddpm_tutorial.distillation import distillation_objective, x0_of_step
 from ddpm_tutorial.fast_sampling import ddim_steps
 from ddpm_tutorial.run.config import Config, SamplingConfig, config_from_dict

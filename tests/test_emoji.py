@@ -2,20 +2,29 @@
 import re
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
-
 from torch.nn import functional as F
 
 from ddpm_tutorial import emoji as module
 from ddpm_tutorial.data import DataError
-from ddpm_tutorial.emoji import (EMOJI_SPLITS, GROUPS, Emoji, draw_emoji, emoji_pictures, emoji_split,
-                                 emoji_with_names, list_emoji, load_emoji)
+from ddpm_tutorial.emoji import (
+    EMOJI_SPLITS,
+    GROUPS,
+    Emoji,
+    draw_emoji,
+    emoji_pictures,
+    emoji_split,
+    emoji_with_names,
+    list_emoji,
+    load_emoji,
+)
 from ddpm_tutorial.run import data_sets
 from ddpm_tutorial.run.data_sets import load_data
+from ddpm_tutorial.text import build_vocabulary
 
 FEW = ("😀", "👋", "👋🏿", "👋🏻", "🐶", "🍕", "🚲", "⚽", "💡", "➡️", "🇫🇷", "🇨🇵", "🇪🇸")
 
@@ -155,6 +164,31 @@ def test_data_of_a_run(root, monkeypatch):
     assert train.images.shape[1:] == (3, 16, 16) and train.classes == GROUPS
     assert (len(train), len(validation)) == tuple(len(load_emoji(16, split, root=root))
                                                   for split in ("train", "validation"))
+
+
+def test_data_of_a_run_with_text(root):
+    """`--data emoji_text`: captions are names. Validation shows new combinations of words that are known.
+
+    Each concept has at least as many as three pictures in an epoch, and the same picture comes at most four
+    times.
+    """
+    train, validation = load_data("emoji_text", root, resize=16)
+    by_name = {emoji.name: emoji for emoji in list_emoji()}
+    assert all(len(part) == len(part.captions) and part.classes == GROUPS for part in (train, validation))
+    vocabulary = build_vocabulary(train.captions)
+    assert set(build_vocabulary(validation.captions)) <= set(vocabulary) and len(vocabulary) > 1000
+    assert not set(train.captions) & set(validation.captions)
+    _, about = emoji_with_names(16, "train", True, root)
+    assert set(train.captions) == {emoji.name for emoji in about}
+    shown, pictures = Counter(train.captions), Counter(emoji.concept for emoji in about)
+    for name, times in shown.items():
+        assert times == {1: 4, 2: 2}.get(pictures[by_name[name].concept], 1)
+    images = defaultdict(set)
+    for image, caption in zip(train.images, train.captions): images[caption].add(image.numpy().tobytes())
+    assert all(len(found) == 1 for found in images.values())
+    expected, about = emoji_with_names(16, "combinations", True, root)
+    assert list(validation.captions) == [emoji.name for emoji in about]
+    assert torch.equal(validation.images, expected.images)
 
 
 @pytest.mark.parametrize("resize, size", [(None, 64), (128, 128)])

@@ -8,20 +8,37 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg, stats
+from scripts import run_script
 
 from ddpm_tutorial import metrics
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
-from ddpm_tutorial.metrics import (CLASSIFIER, ClassifierOutput, matched_subset, class_agreement,
-                                   density_and_coverage, compute_metrics, frechet_distance,
-                                   kernel_distance, load_classifier, extract_features,
-                                   nearest_distance, paired_difference, train_classifier)
-from ddpm_tutorial.run import evaluate
-from ddpm_tutorial.run.checkpoint import (PRETRAINED, CheckpointError, load_model, load_pretrained,
-                                          save_weights)
 from ddpm_tutorial.likelihood import flow_bits
+from ddpm_tutorial.metrics import (
+    CLASSIFIER,
+    ClassifierOutput,
+    class_agreement,
+    compute_metrics,
+    density_and_coverage,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    load_classifier,
+    matched_subset,
+    nearest_distance,
+    paired_difference,
+    train_classifier,
+)
+from ddpm_tutorial.run import evaluate
+from ddpm_tutorial.run.checkpoint import (
+    PRETRAINED,
+    CheckpointError,
+    load_model,
+    load_pretrained,
+    save_weights,
+)
 from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from ddpm_tutorial.run.device import new_model
-from scripts import run_script
+
 
 def points(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 

@@ -7,13 +7,13 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import peers
 import pytest
+import reference
 import torch
+from reference import PREDICTION_TYPES
 from torch.testing import assert_close
 
-import peers
-import reference
-from reference import PREDICTION_TYPES
 from ddpm_tutorial.fast_sampling import ddim_invert, ddim_steps, dpm_solver_steps
 from ddpm_tutorial.run.config import PRESETS, SamplingConfig
 from ddpm_tutorial.run.device import new_model, sampling_steps

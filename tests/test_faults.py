@@ -15,10 +15,10 @@ import time
 import numpy as np
 import pytest
 import torch
-
-from ddpm_tutorial.run.checkpoint import load_checkpoint, load_latest, iter_tensors
-from ddpm_tutorial.run.tracking import read_metrics
 from processes import Launcher, assert_same, lines, newest, own_images, same_tensors, tiny, until
+
+from ddpm_tutorial.run.checkpoint import iter_tensors, load_checkpoint, load_latest
+from ddpm_tutorial.run.tracking import read_metrics
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes and signals of Unix")
 

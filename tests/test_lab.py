@@ -14,7 +14,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from browser import chromium, needed, playwright
 
 NOTEBOOKS = Path(__file__).parent.parent/"nbs"

@@ -3,20 +3,28 @@ import math
 from functools import partial
 
 import pytest
+import reference
 import torch
+from peers import DDPMScheduler
 from torch.testing import assert_close
 
-import reference
 from ddpm_tutorial.data import load_sample, to_float, to_uint8
-from ddpm_tutorial.likelihood import (bound_term, flow_bits, flow_log_density, gaussian_kl, hybrid_objective,
-                                      log_probability_of_pixels, split_prediction, step_variance,
-                                      variational_bound)
+from ddpm_tutorial.likelihood import (
+    bound_term,
+    flow_bits,
+    flow_log_density,
+    gaussian_kl,
+    hybrid_objective,
+    log_probability_of_pixels,
+    split_prediction,
+    step_variance,
+    variational_bound,
+)
 from ddpm_tutorial.objectives import ObjectiveConfig
 from ddpm_tutorial.run.config import Config
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig
 from ddpm_tutorial.training import TrainConfig, diffusion_objective, new_state, random_generator, train_steps
 from ddpm_tutorial.unet import UNet, UNetConfig
-from peers import DDPMScheduler
 
 PATHS = {"linear": SchedulerConfig("linear", 500, "v_prediction"),
          "cosine": SchedulerConfig("cosine", 500, "epsilon"), "flow": SchedulerConfig("flow", 500, "flow"),

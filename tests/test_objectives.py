@@ -3,16 +3,31 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
 from ddpm_tutorial.data import load_sample
-from ddpm_tutorial.objectives import (LOSS_WEIGHTS, TIME_DISTRIBUTIONS, ObjectiveConfig, logit_normal_times,
-                                      lognormal_times, min_snr_weight, x0_error_factor)
-from ddpm_tutorial.scheduler import (PREDICTION_TYPES, NoiseScheduler, SchedulerConfig, flow_path, from_betas,
-                                     linear_betas, shift_snr, zero_terminal_snr)
+from ddpm_tutorial.objectives import (
+    LOSS_WEIGHTS,
+    TIME_DISTRIBUTIONS,
+    ObjectiveConfig,
+    logit_normal_times,
+    lognormal_times,
+    min_snr_weight,
+    x0_error_factor,
+)
+from ddpm_tutorial.scheduler import (
+    PREDICTION_TYPES,
+    NoiseScheduler,
+    SchedulerConfig,
+    flow_path,
+    from_betas,
+    linear_betas,
+    shift_snr,
+    zero_terminal_snr,
+)
 from ddpm_tutorial.training import TrainConfig, diffusion_objective, new_state, random_generator, train_steps
 from ddpm_tutorial.unet import UNet, UNetConfig
 

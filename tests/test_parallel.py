@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Launcher, lines, newest, own_images, tiny, until
 
 from ddpm_tutorial.parallel import own_rows
 from ddpm_tutorial.run.checkpoint import load_latest
 from ddpm_tutorial.run.tracking import read_metrics
-from processes import Launcher, lines, newest, own_images, tiny, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and gloo")
 

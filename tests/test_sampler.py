@@ -4,16 +4,26 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from torch.testing import assert_close
-
 import reference
-from ddpm_tutorial.sampler import (Step, ddpm_steps, guided, initial_noise, predict, predict_x0,
-                                   prepare_conditions, sample, save_gif, snapshots)
-from ddpm_tutorial.scheduler import VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
-from ddpm_tutorial.unet import UNet, UNetConfig
+import torch
 from peers import randomised
 from reference import PREDICTION_TYPES
+from torch.testing import assert_close
+
+from ddpm_tutorial.sampler import (
+    Step,
+    ddpm_steps,
+    guided,
+    initial_noise,
+    predict,
+    predict_x0,
+    prepare_conditions,
+    sample,
+    save_gif,
+    snapshots,
+)
+from ddpm_tutorial.scheduler import VARIANCE_TYPES, NoiseScheduler, SchedulerConfig
+from ddpm_tutorial.unet import UNet, UNetConfig
 
 MEAN, STD = 1.5, 0.5                # of the pixels that we draw: outside [-1, 1] on purpose
 SHAPE = (4, 1, 8, 8)

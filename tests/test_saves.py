@@ -15,16 +15,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import same_tensors
 
-from ddpm_tutorial.run.checkpoint import (CheckpointError, DamagedCheckpoint, load_checkpoint, load_latest,
-                                          load_model, restore, save_checkpoint, save_run)
+from ddpm_tutorial.run.checkpoint import (
+    CheckpointError,
+    DamagedCheckpoint,
+    load_checkpoint,
+    load_latest,
+    load_model,
+    restore,
+    save_checkpoint,
+    save_run,
+)
 from ddpm_tutorial.run.config import PRESETS
 from ddpm_tutorial.run.device import new_model
 from ddpm_tutorial.run.files import remove_partial_files, write_atomic
 from ddpm_tutorial.run.tracking import Tracker, read_metrics
 from ddpm_tutorial.training import new_state
 from ddpm_tutorial.unet import UNetConfig
-from processes import same_tensors
 
 NETWORK = UNetConfig(base_channels=8, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(),
                      head_dim=8, num_groups=4)

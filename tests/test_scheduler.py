@@ -2,16 +2,26 @@
 import math
 
 import pytest
+import reference
 import torch
+from peers import diffusers_scheduler
 from torch import nn
 from torch.testing import assert_close
 
-import reference
 from ddpm_tutorial.sampler import ddpm_steps
-from ddpm_tutorial.scheduler import (PREDICTION_TYPES, SCHEDULES, VARIANCE_TYPES, NoisePath, NoiseScheduler,
-                                     SchedulerConfig, check_batch, cosine_betas, flow_path, from_betas,
-                                     linear_betas)
-from peers import diffusers_scheduler
+from ddpm_tutorial.scheduler import (
+    PREDICTION_TYPES,
+    SCHEDULES,
+    VARIANCE_TYPES,
+    NoisePath,
+    NoiseScheduler,
+    SchedulerConfig,
+    check_batch,
+    cosine_betas,
+    flow_path,
+    from_betas,
+    linear_betas,
+)
 
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 CASES = [("linear", 1000), ("linear", 50), ("cosine", 1000), ("cosine", 50)]

@@ -8,10 +8,11 @@ from hashlib import sha256
 
 import pytest
 import torch
+from scripts import TOOLS, run_script
 
 from ddpm_tutorial.run.checkpoint import PRETRAINED, load_weights, save_weights
 from ddpm_tutorial.run.config import PRESETS, SamplingConfig
-from scripts import TOOLS, run_script
+
 
 def test_sampling_quality(tmp_path):
     """Every method and the real images.

@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import torch
+from scripts import TOOLS, run_script
 
 from ddpm_tutorial.data import load_sample
 from ddpm_tutorial.run.checkpoint import load_model
-from scripts import TOOLS, run_script
+
 
 def test_ablation(tmp_path):
     """Each variant differs from the recipe by the options that it names.

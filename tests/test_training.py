@@ -7,17 +7,30 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peers import randomised
 from torch import nn
 from torch.testing import assert_close
 
 from ddpm_tutorial.data import batches, load_sample
 from ddpm_tutorial.likelihood import hybrid_objective
 from ddpm_tutorial.scheduler import PREDICTION_TYPES, NoiseScheduler
-from ddpm_tutorial.training import (Stream, TrainConfig, diffusion_loss, diffusion_objective,
-                                    drop_conditions, ema_decay, find_gradient, learning_rate, new_state,
-                                    random_generator, total_steps, train_steps, update_ema, validation_loss)
+from ddpm_tutorial.training import (
+    Stream,
+    TrainConfig,
+    diffusion_loss,
+    diffusion_objective,
+    drop_conditions,
+    ema_decay,
+    find_gradient,
+    learning_rate,
+    new_state,
+    random_generator,
+    total_steps,
+    train_steps,
+    update_ema,
+    validation_loss,
+)
 from ddpm_tutorial.unet import UNet, UNetConfig
-from peers import randomised
 
 FEW = load_sample()[torch.arange(0, 1000, 20)]                      # 50 images: batches of 20, 20 and 10
 TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 1), patch_size=4, attention_resolutions=(),

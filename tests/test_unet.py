@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from peers import diffusers_unet, double, mirrored_unet, our_steps, randomised
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ddpm_tutorial.attention import AttentionBlock
+from ddpm_tutorial.attention import AttentionBlock, CrossAttention
 from ddpm_tutorial.embeddings import AdaGN, ClassEmbedding, group_norm, sinusoidal_embedding
 from ddpm_tutorial.run.checkpoint import PRETRAINED, load_weights
 from ddpm_tutorial.run.device import saved_bytes
-from ddpm_tutorial.unet import Block, Downsample, ResBlock, UNet, UNetConfig, Upsample
-from peers import diffusers_unet, double, mirrored_unet, our_steps, randomised
+from ddpm_tutorial.unet import Block, Downsample, ResBlock, UNet, UNetConfig, Upsample, zero_init
 
 EXACT = dict(rtol=0, atol=1e-12)    # float64 on both sides, one layer
 ODD = {
@@ -418,3 +418,103 @@ def test_blocks_are_computed_twice_in_training_only():
     assert len(calls) == 2
     with torch.no_grad(): model(x, t)
     assert len(calls) == 3
+
+
+# --- a context ---
+
+ASKING = UNetConfig(image_size=16, in_channels=3, num_classes=0, base_channels=16, channel_multipliers=(1, 2),
+                    attention_resolutions=(8, 16), head_dim=8, num_groups=4, context_dim=12)
+
+
+def contexts(n=3, m=5, width=12):
+    "Vectors of words, and a mask: one word in the first text, two in the next, and so on."
+    return draw(n, m, width, seed=5), torch.arange(m) <= torch.arange(n)[:, None]
+
+
+def asking(config=ASKING):
+    "A network with random weights in float64, noisy images and times."
+    x, t, _ = inputs(config)
+    return double(randomised(UNet(config))), x, t
+
+
+def test_padding_never_changes_the_output():
+    "To the last bit, whatever stands in it. Leaving it out, or making it longer, changes nothing either."
+    (model, x, t), (context, mask) = asking(), contexts()
+    out = model(x, t, context=context, context_mask=mask)
+    spoilt = torch.where(mask[..., None], context, 1e50*context)
+    assert torch.equal(model(x, t, context=spoilt, context_mask=mask), out)
+    longer, its_mask = torch.cat([context, draw(3, 4, 12)], dim=1), F.pad(mask, (0, 4))
+    assert_close(model(x, t, context=longer, context_mask=its_mask), out, rtol=0, atol=1e-10)
+    for i in range(3):
+        alone = model(x[i:i + 1], t[i:i + 1], context=context[i:i + 1, mask[i]])
+        assert_close(alone, out[i:i + 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("config", [
+    ASKING, replace(ASKING, attention_resolutions=()), replace(ASKING, attention="linear", patch_size=2,
+                                                               attention_resolutions=(4,), mirrored=False)],
+    ids=["every level", "the middle alone", "linear, in patches"])
+def test_the_context_reaches_the_output(config):
+    "Every word reaches every pixel of its own image, and no other image."
+    (model, x, t), (context, mask) = asking(config), contexts()
+    context.requires_grad_()
+    model(x, t, context=context, context_mask=mask)[1, 0, -1, -1].backward()
+    reached = context.grad.abs().sum(dim=2) > 0
+    assert reached[1].tolist() == [True, True, False, False, False] and not reached[[0, 2]].any()
+    other = context.detach().clone()
+    other[1, 0] += 1
+    change = model(x, t, context=other, context_mask=mask) - model(x, t, context=context, context_mask=mask)
+    assert (change[1].abs() > 1e-9).all() and not change[[0, 2]].any()
+
+
+def test_a_context_is_never_ignored_or_missing():
+    "Both are refused in one line that says what is needed. A network may take classes and a context."
+    (model, x, t), (context, mask) = asking(), contexts()
+    with pytest.raises(ValueError, match=r"it needs a context, \(B, M, 12\)"): model(x, t)
+    without = UNet(replace(ASKING, context_dim=0))
+    with pytest.raises(ValueError, match="no cross-attention"): without(x.float(), t, None, context, mask)
+    with pytest.raises(ValueError, match="context_dim must be at least 0"): replace(ASKING, context_dim=-1)
+    both, x, t = asking(replace(ASKING, num_classes=3))
+    def answer(labels, scale): return both(x, t, labels, scale*context, mask)
+    labels = torch.tensor([0, 1, 3])
+    assert (answer(labels, 1) - answer(labels, 2)).abs().max() > 1e-3
+    assert (answer(labels, 1) - answer((labels + 1) % 4, 1)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_checkpointed_activations_with_a_context(masked):
+    "The same answer and gradient as without, for every weight and for the context, from less memory."
+    plain, (context, mask) = randomised(UNet(ASKING)).requires_grad_(), contexts()
+    twice = UNet(replace(ASKING, checkpoint_activations=True))
+    twice.load_state_dict(plain.state_dict())
+    x, t, _ = inputs(ASKING)
+    found = []
+    for model in (plain, twice):
+        words = context.float().requires_grad_()
+        given = x.float(), t, None, words, mask if masked else None
+        found.append((*saved_and_gradient(model, given), words.grad))
+    (kept, answer, gradient, of_words), (kept_twice, same, same_gradient, same_of_words) = found
+    assert kept_twice < kept/2 and torch.equal(answer, same)
+    assert all(part.any() for part in gradient) and of_words[mask].abs().sum() > 0
+    for one, other in zip([*gradient, of_words], [*same_gradient, same_of_words]):
+        assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_context_only_adds_weights(name):
+    """Without one there are the weights of before.
+
+    They load into a network with one, which answers the same to the last bit until it has learned to ask.
+    """
+    config = OLD[name]
+    plain, asks = randomised(UNet(config)), randomised(UNet(replace(config, context_dim=12)), seed=1)
+    names = [key for key in asks.state_dict() if ".cross." not in key and ".cross_norm." not in key]
+    assert list(plain.state_dict()) == names and len(names) < len(asks.state_dict())
+    missing, unexpected = asks.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and len(missing) == len(asks.state_dict()) - len(names)
+    for layer in asks.modules():
+        if isinstance(layer, CrossAttention): zero_init(layer.to_out)
+    x, t, labels = inputs(config)
+    given = x.float(), t, labels if config.num_classes else None
+    context, mask = contexts()
+    assert torch.equal(plain(*given), asks(*given, context.float(), mask))

@@ -10,14 +10,14 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
+from processes import Launcher, own_images, tiny
+from version_1 import METHODS, SCHEDULERS, STORED, TINY, losses, process, samples
 
 from ddpm_tutorial.data import to_uint8
 from ddpm_tutorial.run.checkpoint import load_model
 from ddpm_tutorial.run.device import sampling_steps
 from ddpm_tutorial.run.tracking import read_metrics
 from ddpm_tutorial.training import random_generator
-from processes import Launcher, own_images, tiny
-from version_1 import METHODS, SCHEDULERS, STORED, TINY, losses, process, samples
 
 # a run of version 0.6: its checkpoint after step 6 of 10, and its metrics of all 10 steps
 RUN = Path(__file__).parent/"version_1"

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from wandb_server import WandbServer
 
 from ddpm_tutorial.run.tracking import Tracker, read_metrics
-from wandb_server import WandbServer
 
 RUN = """
 import sys, time

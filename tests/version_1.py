@@ -18,8 +18,13 @@ from ddpm_tutorial.run.config import TINY
 from ddpm_tutorial.run.device import new_model
 from ddpm_tutorial.sampler import ddpm_steps, guided, sample
 from ddpm_tutorial.scheduler import NoiseScheduler, SchedulerConfig
-from ddpm_tutorial.training import (diffusion_objective, new_state, random_generator, train_steps,
-                                    validation_loss)
+from ddpm_tutorial.training import (
+    diffusion_objective,
+    new_state,
+    random_generator,
+    train_steps,
+    validation_loss,
+)
 
 STORED = Path(__file__).parent/"version_1"/"numbers.npz"
 METHODS = {"ddpm": (ddpm_steps, dict(num_inference_steps=25)),

@@ -59,8 +59,8 @@ def ours(data, precision, sampling_steps=30):
         yield from train_steps(state, data, config.build_objective(), train, precision)
     def draw(labels):
         sampling = replace(EVERYWHERE, num_inference_steps=sampling_steps) # as the others are guided
-        return draw_samples(state.ema, replace(SMALL, sampling=sampling), labels, precision=precision,
-                            generator=random_generator(0, Stream.SAMPLES))
+        return draw_samples(state.ema, replace(SMALL, sampling=sampling), len(labels), {"labels": labels},
+                            precision=precision, generator=random_generator(0, Stream.SAMPLES))
     return steps, draw
 
 def diffusers(data, precision, sampling_steps=100, lr=1e-4):

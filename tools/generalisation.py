@@ -19,7 +19,7 @@ import torch
 from ddpm_tutorial.data import CLASSES, load_fashion_mnist, load_sample
 from ddpm_tutorial.metrics import nearest_distance
 from ddpm_tutorial.run.config import PRESETS
-from ddpm_tutorial.run.device import choose_precision, new_model
+from ddpm_tutorial.run.device import choose_precision, label_conditions, new_model
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import new_state, random_generator, train_steps
 from measuring import parse_folder_arguments
@@ -56,7 +56,8 @@ def train_and_look(name, data, num_samples, steps):
     labels, looks = torch.arange(num_samples) % len(CLASSES), []
     for step in train_steps(state, own, config.build_objective(), train, precision):
         if step.step not in steps: continue
-        samples = draw_samples(state.ema, config, labels, generator=random_generator(1), precision=precision)
+        samples = draw_samples(state.ema, config, len(labels), label_conditions(config, labels),
+                               generator=random_generator(1), precision=precision)
         closer, distance = share_closer(samples, own, other)
         looks.append(dict(step=step.step, loss=step.loss, closer=closer, nearest_training_image=distance))
         print(name, looks[-1], flush=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ddpm_tutorial.data import CLASSES, ImageData, load_fashion_mnist, load_sample
 from ddpm_tutorial.run.config import SamplingConfig
+from ddpm_tutorial.run.device import label_conditions
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import Stream, random_generator
 
@@ -57,7 +58,8 @@ def load_result(output, settings):
 def draw(model, config, labels, seed, precision):
     "Samples, with the labels that were asked for."
     generator = random_generator(seed, Stream.SAMPLES)
-    drawn = draw_samples(model, config, labels, generator=generator, precision=precision)
+    drawn = draw_samples(model, config, len(labels), label_conditions(config, labels),
+                         generator=generator, precision=precision)
     return ImageData(drawn, labels, CLASSES)
 
 def in_short(row):

@@ -22,7 +22,7 @@ from ddpm_tutorial.attention import AttentionBlock
 from ddpm_tutorial.emoji import GROUPS
 from ddpm_tutorial.run.checkpoint import load_checkpoint, load_model
 from ddpm_tutorial.run.config import PRESETS, fit_to_data
-from ddpm_tutorial.run.device import choose_precision, new_model, saved_bytes
+from ddpm_tutorial.run.device import choose_precision, label_conditions, new_model, saved_bytes
 from ddpm_tutorial.run.sample import draw_samples
 from ddpm_tutorial.training import Stream, find_gradient, new_state, optimizer_step, random_generator
 
@@ -91,8 +91,8 @@ def main():
     if args.quick: config = replace(config, sampling=replace(config.sampling, num_inference_steps=2))
     labels = torch.arange(len(GROUPS)).repeat_interleave(2 if args.quick else EACH)
     precision = choose_precision("auto", torch.device("cpu"))
-    samples = draw_samples(model, config, labels, generator=random_generator(0, Stream.SAMPLES),
-                           precision=precision)
+    samples = draw_samples(model, config, len(labels), label_conditions(config, labels),
+                           generator=random_generator(0, Stream.SAMPLES), precision=precision)
     np.savez_compressed(args.output.with_suffix(".npz"), images=samples.numpy(), labels=labels.numpy())
     checkpoint, repeat = load_checkpoint(path), 1 if args.quick else 3
     sizes = (8, 16) if args.quick else (16, 32, 64, 128)

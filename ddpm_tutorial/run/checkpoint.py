@@ -198,7 +198,7 @@ def load_model(
     *,
     use_ema: bool=True,              # the averaged weights; otherwise those of the last step
     device: torch.device|str="cpu"
-) -> tuple[nn.Module, Config|CodecConfig]: # a `UNet`, or an `Autoencoder`
+) -> tuple[nn.Module, Config|CodecConfig]: # a `UNet`, a `TextToImage`, or an `Autoencoder`
     "A trained network, ready to use, and its configuration. Raises `CheckpointError`."
     path = Path(path).expanduser()
     checkpoint = load_weights(path) if is_weights_file(path) else load_checkpoint(path)
@@ -213,7 +213,7 @@ def load_model(
 # %% ../../nbs/11_checkpoint.ipynb #0bbfa5fe
 PRETRAINED = {name: files("ddpm_tutorial")/"assets"/f"{name}.safetensors"
               for name in ("small", "small_few", "small_one", # the others draw in 4 steps and 1 (lesson 27)
-                           "emoji_autoencoder")}              # lesson 30
+                           "emoji_autoencoder", "emoji")}     # lessons 30 and 33
 
 def load_pretrained(
     name: str="small",      # a name in `PRETRAINED`

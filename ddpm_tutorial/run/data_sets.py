@@ -6,12 +6,16 @@
 __all__ = ['DATA_SETS', 'load_data']
 
 # %% ../../nbs/10f_data_sets.ipynb #10f-export
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ..data import (DataError, ImageData, hold_out, load_fashion_mnist, load_images, load_sample,
                                 resized)
-from ..emoji import load_emoji
+from ..emoji import emoji_with_names, load_emoji
+from ..other_data import OTHER_DATA, load_other_data
 
 # %% ../../nbs/10f_data_sets.ipynb #10f-load
 def _sample_data(root, resize):
@@ -23,9 +27,18 @@ def _fashion_mnist_data(root, resize):
 def _emoji_data(root, resize, skin_tones=False):
     return tuple(load_emoji(resize or 64, split, skin_tones, root) for split in ("train", "validation"))
 
+def _emoji_text_data(root, resize):
+    train, about = emoji_with_names(resize or 64, "train", True, root)
+    variants = Counter(emoji.concept for emoji in about)
+    # most concepts have one picture, and a few have dozens: what has few is shown several times in an epoch
+    index = [i for i, emoji in enumerate(about) for _ in range(max(1, 4//variants[emoji.concept]))]
+    return train[torch.tensor(index)], load_emoji(resize or 64, "combinations", True, root)
+
 # each takes a data root and a size, or None for its own size, and gives training and validation images
 DATA_SETS = {"fashion_mnist": _fashion_mnist_data, "sample": _sample_data, "emoji": _emoji_data,
-             "emoji_tones": partial(_emoji_data, skin_tones=True)} # with all variants of skin tone
+             "emoji_tones": partial(_emoji_data, skin_tones=True), # with all variants of skin tone
+             "emoji_text": _emoji_text_data} # the same, for text: validation is of new combinations of words
+DATA_SETS |= {name: partial(load_other_data, name) for name in OTHER_DATA}
 
 def load_data(
     name: str="fashion_mnist",    # a name in `DATA_SETS`, or a path for `load_images`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUT_OF_MEMORY', 'label_conditions', 'choose_device', 'NotEnoughMemory', 'explain_out_of_memory', 'memory_mib',
            'saved_bytes', 'free_memory', 'take_smaller', 'check_memory', 'choose_precision', 'new_model',
-           'sampling_steps']
+           'steps_to_take', 'sampling_steps']
 
 # %% ../../nbs/10b_device.ipynb #10b-export
 import re, resource, sys
@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..editing import add_last_noise, keep_known, shorten_path
 from ..solvers import METHODS
 from .config import CodecConfig, Config, ConfigError
 from ..sampler import Step, guided
@@ -106,11 +107,12 @@ def free_memory(
 def _kept_for(n: int, model: nn.Module, config: Config|CodecConfig, precision: str) -> int:
     "What the forward pass keeps for `n` images, in bytes."
     device = next(model.parameters()).device
-    x = torch.zeros(n, *config.image_shape, device=device)
-    zeros = torch.zeros(n, dtype=torch.int64, device=device)
-    cond = label_conditions(config, zeros)
     if isinstance(config, CodecConfig): # an autoencoder takes noise for its latents instead of a time
-        zeros = torch.zeros(n, *config.model.latent_shape(config.image_shape), device=device)
+        shape, other, null = config.image_shape, config.model.latent_shape(config.image_shape), {}
+    else: shape, other, null = config.sample_shape, (), model.null_cond
+    x, zeros = (torch.zeros(n, *part, device=device) for part in (shape, other))
+    rows = {name: torch.as_tensor(value, device=device) for name, value in null.items()}
+    cond = {name: row.expand(n, *row.shape) for name, row in rows.items()}
     with autocast_to(precision, device): return saved_bytes(model, lambda: model(x, zeros, **cond))
 
 def take_smaller(config: Config|CodecConfig) -> str:
@@ -163,7 +165,7 @@ def choose_precision(
 def new_model(
     config: Config|CodecConfig,
     device: torch.device | str="cpu"
-) -> nn.Module: # a `UNet` or an `Autoencoder`
+) -> nn.Module: # a `UNet`, a `TextToImage` or an `Autoencoder`
     "Random weights that depend on the seed alone. The global random generator stays as it was."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed) # torch.manual_seed would seed the GPUs as well
@@ -175,6 +177,13 @@ def new_model(
     return model.to(memory_format=torch.channels_last) if wide_groups and on_cpu else model
 
 # %% ../../nbs/10b_device.ipynb #41eea6f8
+def steps_to_take(
+    config: Config,
+    strength: float=1.0 # as in `sampling_steps`
+) -> int:
+    "How many steps of the sampler are left if it starts at this strength."
+    return max(1, round(strength*config.inference_steps))
+
 def sampling_steps(
     model: UNet,                # or a network that has a `null_cond` as well
     config: Config,             # decides scheduler, shape, and all settings of sampling
@@ -182,16 +191,28 @@ def sampling_steps(
     cond: dict,                 # one row for each sample, e.g. {"labels": (num_samples,)}; may be {}
     *,
     generator: torch.Generator, # a CPU generator
-    precision: str="fp32"       # "fp32" or "bf16" (autocast)
+    precision: str="fp32",      # "fp32" or "bf16" (autocast)
+    null: dict|None=None,       # what guidance leads away from; default: from nothing, `model.null_cond`
+    init: Tensor|None=None,     # an image to begin with, as the model sees it (1, C, H, W); default: noise
+    strength: float=1.0,        # with `init`, how much of the path is left, in (0, 1]
+    mask: Tensor|None=None      # with `init`, bool (1, 1, H, W): True where it stays as it is
 ) -> Iterator[Step]:
-    "The steps of the sampler from noise to images, with all settings taken from the configuration."
+    """The steps of the sampler from noise to images, with all settings taken from the configuration.
+    Raises `ValueError` for a mask or a strength without `init`."""
+    if init is None and (mask is not None or strength != 1):
+        raise ValueError("a mask or a strength needs an init: an image to begin with")
     how, scheduler, device = config.sampling, config.scheduler.build(), next(model.parameters()).device
     # autocast around the call alone: it must be off while the caller looks at a step
     def denoiser(x, t, **cond):
         with autocast_to(precision, device): return model(x, t, **cond)
-    if model.null_cond: denoiser = guided(denoiser, how.scale(scheduler), model.null_cond)
-    shape = (num_samples, *config.image_shape)
+    if model.null_cond: denoiser = guided(denoiser, how.scale(scheduler), null or model.null_cond)
+    shape = (num_samples, *config.sample_shape)
     options = {"eta": how.eta} if how.eta else {} # only two of the methods have it
+    if init is not None:
+        if mask is not None: denoiser = keep_known(denoiser, scheduler, init, mask)
+        scheduler = shorten_path(scheduler, strength)
+        noise = torch.randn(shape, generator=generator)
+        options["noise"] = add_last_noise(scheduler, init.cpu().expand(shape), noise)
     return METHODS[how.method](denoiser, scheduler, shape, generator=generator,
-                               num_inference_steps=config.inference_steps, spacing=how.spacing,
+                               num_inference_steps=steps_to_take(config, strength), spacing=how.spacing,
                                clip_sample=how.clip_sample, device=device, **options, **cond)

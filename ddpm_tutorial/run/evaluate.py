@@ -26,6 +26,7 @@ from ..likelihood import flow_bits, variational_bound
 from ..metrics import (MetricError, compute_metrics, extract_features, load_classifier,
                                    matched_subset)
 from .cli import parse_options, run_command, steady_output
+from .conditions import load_codec
 from .config import ConfigError
 from .device import (choose_device, choose_precision, explain_out_of_memory,
                                       label_conditions)
@@ -53,7 +54,8 @@ class EvaluateOptions(DrawOptions):
         if self.num_samples < MIN_SAMPLES:
             raise ValueError(f"num_samples must be at least {MIN_SAMPLES}, not {self.num_samples}: "
                              "with fewer, the metrics say nothing")
-        unused = [name for name in ("checkpoint", "config") if getattr(self, name)]
+        of_a_model = ("checkpoint", "config", "autoencoder")
+        unused = [name for name in of_a_model if getattr(self, name)]
         unused += list(self.sampling_changes)
         if self.bits_per_dim: unused.append("bits_per_dim")
         if self.samples and unused:
@@ -157,13 +159,18 @@ def samples_to_measure(
         return samples, _real_images_like(samples.labels, samples.classes, fresh), str(options.samples)
     device = choose_device(options.device)
     model, config = model_to_draw(options, device)
+    if config.uses_text:
+        raise ConfigError("the classifier knows Fashion-MNIST; this model draws what a prompt says")
+    if options.bits_per_dim and config.autoencoder is not None:
+        raise ConfigError("bits_per_dim: this model works on latents, and has no likelihood of pixels")
     if config.classes not in (CLASSES, ()):
         raise ConfigError(f"the classifier knows Fashion-MNIST; this model draws {', '.join(config.classes)}")
     labels = torch.arange(options.num_samples) % max(len(config.classes), 1)
     real = _real_images_like(labels, config.classes, fresh)
     with explain_out_of_memory(device, options.batch_size):
-        drawn = draw_samples(model, config, labels, generator=random_generator(options.seed, Stream.SAMPLES),
-                             batch_size=options.batch_size,
+        drawn = draw_samples(model, config, len(labels), label_conditions(config, labels),
+                             generator=random_generator(options.seed, Stream.SAMPLES),
+                             batch_size=options.batch_size, codec=load_codec(config, device),
                              precision=choose_precision(options.precision, device))
     return ImageData(drawn, labels, config.classes), real, describe_sampling(options, config)
 

@@ -85,6 +85,18 @@ def _figure(path: Path) -> str:
     return (f'<figure><img alt="samples, {path.stem}" src="data:image/png;base64,{data}">'
             f"<figcaption>{path.stem.replace('_', ' ')}</figcaption></figure>")
 
+def _about_samples(settings: dict) -> str:
+    if is_codec(settings):
+        return "Images that it was not trained on, and below each row what the autoencoder makes of it."
+    if settings.get("vocabulary") or settings.get("text_fingerprint"):
+        return "The same noise every time, for captions of images that it was not trained on."
+    return "The same noise every time, one row for each class."
+
+def _shortened(settings: dict) -> str:
+    "The settings in JSON. Of a vocabulary only the number of words."
+    words = settings.get("vocabulary")
+    return json.dumps(settings | ({"vocabulary": f"{len(words):,} words"} if words else {}), indent=1)
+
 def write_report(
     folder: Path # of a run, which may still be going on
 ) -> Path:       # its report.html
@@ -94,19 +106,16 @@ def write_report(
     starts = [row for row in rows if "started" in row]
     epochs = [{name: value for name, value in row.items() if name != "loss_by_noise"}
               for row in rows if "validation_loss" in row]
-    settings = (folder/"config.json").read_text(encoding="utf-8")
-    about_samples = ("Images that it was not trained on, and below each row what the autoencoder makes of it."
-                     if is_codec(json.loads(settings))
-                     else "The same noise every time, one row for each class.")
+    settings = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     page = f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style></head>
 <body><h1>{title}</h1>
 <h2>Curves</h2>{draw_curves(rows)}
-<h2>Samples</h2><p>{about_samples}</p>{samples or '<p>none yet</p>'}
+<h2>Samples</h2><p>{_about_samples(settings)}</p>{samples or '<p>none yet</p>'}
 <h2>Epochs, time and memory</h2><div>{_table(epochs)}</div>
 <p>seconds: time spent on training alone. memory_mib: the most memory that was used so far.</p>
 <h2>Starts</h2><div>{_table(starts)}</div>
-<h2>Settings</h2><pre>{_escaped(settings)}</pre></body></html>"""
+<h2>Settings</h2><pre>{_escaped(_shortened(settings))}</pre></body></html>"""
     write_atomic(folder/"report.html", lambda file: file.write(page.encode()))
     return folder/"report.html"
 

@@ -12,7 +12,7 @@ __all__ = ['TrainOptions', 'AutoencoderTrainOptions', 'sample_grid', 'rebuilt_gr
 import json, math, platform, sys, time, warnings
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..autoencoder import rebuild_images
-from ..data import PIXELS, ImageData, fingerprint, image_grid, to_pil, without_labels
+from ..data import PIXELS, Codec, ImageData, fingerprint, image_grid, to_pil, without_labels
 from ..parallel import PeerLost, SharedBatch, notice_lost_peers, process_group
 from .checkpoint import CheckpointError, load_checkpoint, load_latest, restore, save_run
 from .cli import parse_options, run_command, steady_output
+from .conditions import encode_data, load_codec, read_facts
 from .config import (AUTOENCODERS, MAY_DIFFER, PRESETS, CodecConfig, Config, ConfigError,
                                       differences, fit_to_data)
 from .data_sets import load_data
@@ -37,6 +38,7 @@ from .files import check_folder, lock_folder, make_folder, remove_partial_files,
 from .report import try_report
 from .signals import StopOnSignal, Stopped
 from .tracking import Progress, Tracker, start_wandb, timed
+from ..text_to_image import EncodedData
 from ..training import (Stream, TrainState, TrainStep, learning_rate, new_state,
                                     random_generator, total_steps, train_steps)
 
@@ -88,17 +90,21 @@ def sample_grid(
     model: torch.nn.Module,
     config: Config,
     precision: str="fp32",
-    columns: int=8
-) -> torch.Tensor: # uint8 (3, height, width)
-    "Draws one row of samples for each class, from the same noise every time."
-    rows = len(config.classes) or 4
-    labels = torch.arange(rows).repeat_interleave(columns)
+    columns: int=8,
+    *,
+    cond: dict|None=None, # one row for each sample; default: a row of samples for each class
+    codec: Codec=PIXELS   # what lies between images and the model
+) -> torch.Tensor:        # uint8 (3, height, width)
+    "Draws samples from the same noise every time."
+    if cond is None:
+        labels = torch.arange(len(config.classes) or 4).repeat_interleave(columns)
+        cond, n = label_conditions(config, labels), len(labels)
+    else: n = len(next(iter(cond.values())))
     generator = random_generator(config.train.seed, Stream.PICTURES)
-    steps = sampling_steps(model, config, len(labels), label_conditions(config, labels),
-                           generator=generator, precision=precision)
+    steps = sampling_steps(model, config, n, cond, generator=generator, precision=precision)
     bar = tqdm(steps, total=config.inference_steps, desc="samples", unit="step", leave=False, disable=None)
     for step in bar: pass
-    return image_grid(PIXELS.decode(step.x), columns, scale=2)
+    return image_grid(codec.decode(step.x), columns, scale=2)
 
 def rebuilt_grid(
     model: torch.nn.Module, # an `Autoencoder`
@@ -114,6 +120,27 @@ def rebuilt_grid(
     return image_grid(torch.cat([row for pair in pairs for row in pair]), columns, scale=2)
 
 # %% ../../nbs/13_train.ipynb #eb9b09f1
+def _with_facts_of(settings, before):
+    "The settings of this start, fitted to what the run found at its first start."
+    if isinstance(before, CodecConfig): return fit_to_data(settings, before.image_shape, before.classes)
+    return fit_to_data(settings, before.image_shape, before.classes, before.latents,
+                       before.model.context_dim, vocabulary=before.vocabulary, max_words=before.max_words,
+                       text_fingerprint=before.text_fingerprint)
+
+def _check_same_kind(path, before, settings):
+    "Raises `ConfigError` for a change that would make another model of it."
+    if isinstance(before, CodecConfig): return
+    if (settings.autoencoder is None) != (before.autoencoder is None):
+        here = "pixels" if settings.autoencoder is None else f"the latents of {settings.autoencoder}"
+        then = "pixels" if before.autoencoder is None else f"the latents of {before.autoencoder}"
+        raise ConfigError(f"{path} works on {then}, and this run would go on with {here}; "
+                          "leave --autoencoder as it was, or start a new run")
+    own = ("none", "own") # the name of a BERT may have changed: its fingerprint is compared later
+    if settings.text.text_encoder != before.text.text_encoder and not {
+            settings.text.text_encoder, before.text.text_encoder}.isdisjoint(own):
+        raise ConfigError(f"{path} was made with text_encoder {before.text.text_encoder} "
+                          f"(now {settings.text.text_encoder}); leave that as it was, or start a new run")
+
 def checkpoint_to_resume(
     options: TrainOptions
 ) -> tuple[Path, dict]|None: # path and checkpoint, with its `Progress`; None for a new run
@@ -130,7 +157,8 @@ def checkpoint_to_resume(
         kind = "an autoencoder" if isinstance(before, CodecConfig) else "a diffusion model"
         raise ConfigError(f"{path} is a checkpoint of {kind}, and --config {options.config} is not one; "
                           "name the preset that it was started with, or start a new run")
-    now = fit_to_data(options.settings, before.image_shape, before.classes)
+    _check_same_kind(path, before, options.settings)
+    now = _with_facts_of(options.settings, before)
     found = sorted(differences(now, before).items())
     differing = [f"{name} {then} (now {here})" for name, (here, then) in found if name not in MAY_DIFFER]
     if options.precision not in ("auto", precision):
@@ -141,14 +169,15 @@ def checkpoint_to_resume(
     return path, checkpoint
 
 def describe_data(data: ImageData) -> str:
-    "The number, size and classes of the images, in a few words."
+    "The number, size, classes and captions of the images, in a few words."
     channels, *sides = data.images.shape[1:]
     size = "x".join(map(str, sides))
     kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
     names = ", ".join(data.classes[:10])
     if len(data.classes) > 10: names += ", ..."
     classes = f"{len(data.classes)} classes ({names})" if names else "no classes"
-    return f"{len(data):,} images, {size} {kind}, {classes}"
+    captions = f", {len(set(data.captions)):,} different captions" if data.captions else ""
+    return f"{len(data):,} images, {size} {kind}, {classes}{captions}"
 
 def check_same_images(
     path: Path,            # of the checkpoint
@@ -159,7 +188,10 @@ def check_same_images(
 ):
     "Raises `ConfigError` if a resumed run would get other images than before. Their path may have changed."
     seen, known = fingerprint(data), progress.fingerprint
-    other_settings = set(differences(config, before)) - MAY_DIFFER
+    other_settings = sorted(set(differences(config, before)) - MAY_DIFFER)
+    if other_settings and known == seen:
+        raise ConfigError(f"{path} was trained with other facts about the same images: "
+                          f"{', '.join(other_settings)} differ; start a new run")
     if other_settings or progress.num_images != len(data) or known not in (None, seen):
         raise ConfigError(f"{path} was trained on other images: {before.data!r} had {progress.num_images:,} "
                           f"(fingerprint {known or 'unknown'}), {config.data!r} has {describe_data(data)} "
@@ -187,11 +219,13 @@ def start_or_resume(
     options: TrainOptions,
     data: ImageData,
     device: torch.device,
-    start: tuple[Path, dict]|None=None # from `checkpoint_to_resume`
+    start: tuple[Path, dict]|None=None, # from `checkpoint_to_resume`
+    validation: ImageData|None=None     # its captions must fit in, too
 ) -> tuple[Config, TrainState, Progress]:
     """Makes a new run, or restores the one of `start`. Raises `ConfigError`, `CheckpointError` or
     `NotEnoughMemory`."""
-    config = fit_to_data(options.settings, tuple(data.images.shape[1:]), data.classes)
+    known = getattr(start[1]["config"], "latents", None) if start else None
+    config = read_facts(options.settings, data, device, known, validation)
     if not start and config.train.batch_size > len(data):
         raise ConfigError(f"batch_size is {config.train.batch_size:,}, but there are {len(data):,} images to "
                           f"train on; lower it to {len(data)} or less")
@@ -220,6 +254,9 @@ class Run:
     progress: Progress
     data: ImageData
     validation: ImageData
+    codec: Codec                            # between images and the model
+    examples: ImageData|EncodedData         # what the model is trained on
+    validation_examples: ImageData|EncodedData
 
     @property
     def folder(self) -> Path: return self.options.folder
@@ -242,8 +279,12 @@ def prepare(
     start, settings = checkpoint_to_resume(options), options.settings
     data, validation = load_data(settings.data, options.data_root, settings.resize)
     if not settings.uses_labels: data, validation = without_labels(data), without_labels(validation)
-    config, state, progress = start_or_resume(options, data, device, start)
-    return Run(options, config, state, progress, data, validation)
+    if not settings.uses_text: data, validation = (replace(part, captions=()) for part in (data, validation))
+    config, state, progress = start_or_resume(options, data, device, start, validation)
+    codec = PIXELS if isinstance(config, CodecConfig) else load_codec(config, device)
+    examples = encode_data(config, data, codec)
+    others = encode_data(config, validation, codec, drop_unknown=True) # its words may be new
+    return Run(options, config, state, progress, data, validation, codec, examples, others)
 
 # %% ../../nbs/13_train.ipynb #0a22e285
 def save(run: Run, **kwargs) -> bool:
@@ -253,7 +294,7 @@ def save(run: Run, **kwargs) -> bool:
 def _validate(run: Run) -> dict: # with "validation_loss"
     "Figures of the averaged weights. Raises `FloatingPointError` if the loss is not finite."
     state, batch_size = run.state, min(250, run.config.train.batch_size)
-    figures = run.config.validate(state.ema, run.validation, batch_size, run.progress.precision)
+    figures = run.config.validate(state.ema, run.validation_examples, batch_size, run.progress.precision)
     loss = figures["validation_loss"]
     if not math.isfinite(loss):
         lr = state.optimizer.param_groups[0]["lr"]
@@ -264,7 +305,11 @@ def _validate(run: Run) -> dict: # with "validation_loss"
 def _picture(run: Run): # for Pillow
     state, config, precision = run.state, run.config, run.progress.precision
     if isinstance(config, CodecConfig): return to_pil(rebuilt_grid(state.ema, run.validation, precision))
-    return to_pil(sample_grid(state.ema, config, precision))
+    cond = None
+    if config.uses_text: # some captions of the validation, evenly chosen
+        index = torch.linspace(0, len(run.validation) - 1, 32).long()
+        _, cond = run.validation_examples.batch(index, "cpu")
+    return to_pil(sample_grid(state.ema, config, precision, cond=cond, codec=run.codec))
 
 def end_of_epoch(
     run: Run,
@@ -306,7 +351,7 @@ def distributed_steps(
     "The loop of lesson 07. If there are several processes, each computes its rows of the batch."
     model, config = SharedBatch(run.state.model) if size > 1 else None, run.config
     objective = config.build_objective()
-    return train_steps(run.state, run.data, objective, config.train, run.progress.precision, model)
+    return train_steps(run.state, run.examples, objective, config.train, run.progress.precision, model)
 
 def describe_run(
     run: Run,
@@ -319,9 +364,13 @@ def describe_run(
     if isinstance(run.config, CodecConfig):
         network += f"latents of {'x'.join(map(str, model.latent_shape(run.config.image_shape)))} numbers"
     else:
+        if run.config.latents:
+            shape = "x".join(map(str, run.config.sample_shape))
+            network += f"latents of {shape} by {run.config.autoencoder}, "
         network += f"levels of {' '.join(map(str, model.resolutions))} pixels"
         attention = " ".join(map(str, model.attention_resolutions))
         if attention: network += f", attention at {attention}"
+        if run.config.vocabulary: network += f", {len(run.config.vocabulary):,} words"
     where = f"{device} times {size}" if size > 1 else f"{device}"
     return (f"{run.config.data}: {describe_data(run.data)}; {len(run.validation):,} more to validate with\n"
             f"{run.options.config}: {network}\n"
