@@ -12,6 +12,11 @@ from torch.nn import functional as F
 from .embeddings import group_norm
 
 # %% ../nbs/03_attention.ipynb #03-030
+def _check_heads(channels: int, head_dim: int):
+    if channels % head_dim:
+        raise ValueError(f"{channels} channels cannot be split into heads of {head_dim}; "
+                         f"choose a head_dim that divides {channels}")
+
 class SelfAttention(nn.Module):
     """Every pixel looks at every pixel: `softmax(q k^T / sqrt(d)) v`, in several heads
     ([1706.03762](https://arxiv.org/abs/1706.03762), eq. 1).
@@ -21,9 +26,7 @@ class SelfAttention(nn.Module):
         head_dim: int=32 # width of a head; there are channels/head_dim heads
     ):
         super().__init__()
-        if channels % head_dim:
-            raise ValueError(f"{channels} channels cannot be split into heads of {head_dim}; "
-                             f"choose a head_dim that divides {channels}")
+        _check_heads(channels, head_dim)
         self.head_dim = head_dim
         self.to_qkv = nn.Linear(channels, 3*channels)
         self.to_out = nn.Linear(channels, channels)
@@ -114,9 +117,7 @@ class CrossAttention(nn.Module):
         head_dim: int=32  # width of a head; there are channels/head_dim heads
     ):
         super().__init__()
-        if channels % head_dim:
-            raise ValueError(f"{channels} channels cannot be split into heads of {head_dim}; "
-                             f"choose a head_dim that divides {channels}")
+        _check_heads(channels, head_dim)
         self.head_dim = head_dim
         self.to_q = nn.Linear(channels, channels)
         self.to_kv = nn.Linear(context_dim, 2*channels)

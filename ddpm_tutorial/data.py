@@ -378,10 +378,11 @@ def load_images(
 
 # %% ../nbs/01_data.ipynb #01-088
 def hold_out(
-    data: ImageData, # all images
-    n: int           # how many are kept for validation
+    data: ImageData,  # all images
+    n: int|None=None  # how many are kept for validation; default: a tenth, 2,000 at most
 ) -> tuple[ImageData, ImageData]: # the rest, and the n held out; the same ones every time
     "Splits off the first n of one fixed shuffled order, but no class's last image. Raises `DataError`."
+    if n is None: n = min(2000, max(1, len(data)//10))
     labels = data.labels.tolist()
     stay = data.labels.bincount(minlength=len(data.classes)).tolist()  # images of each class, less those held
     if 0 in stay:

@@ -48,8 +48,7 @@ def _cifar10(root, resize):
 def _eurosat(root, resize):
     from torchvision.datasets import EuroSAT
     dataset = EuroSAT(root, download=True)
-    data = collect_images(dataset, tuple(dataset.classes), resize)
-    return hold_out(data, min(2000, max(1, len(data)//10)))
+    return hold_out(collect_images(dataset, tuple(dataset.classes), resize))
 
 def _flowers102(root, resize):
     from torchvision.datasets import Flowers102

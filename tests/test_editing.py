@@ -438,21 +438,26 @@ def test_fitting_white_noise_sees_the_right_image(config, noise_std):
     assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def fitted_moments(config, noise_std, method):
+    """Mean and covariance of the samples.
+
+    Without fresh noise the sampler is a linear function of its start, so seven starts tell both.
+    """
+    path, starts = config.build(), torch.cat([torch.zeros(1, 6), torch.eye(6)])
+    x = sample(fitting(path, noise_std), path, (7, 6), generator=seeded(), method=method, noise=starts,
+               clip_sample=False, num_inference_steps=150)
+    return x[0], (x[1:] - x[0]).T @ (x[1:] - x[0])
+
+
 @each_measurable
 @pytest.mark.parametrize("noise_std", [0.3, 1.])
 @pytest.mark.parametrize("method", [ddim_steps, dpm_solver_steps, heun_steps])
 def test_fitting_white_noise_is_exact(config, noise_std, method):
-    """The samples have the mean and the covariance of what every textbook says about such a measurement.
-
-    Without fresh noise the sampler is a linear function of its start, so seven starts tell both.
-    """
-    path = config.build()
-    starts = torch.cat([torch.zeros(1, 6), torch.eye(6)])
-    x = sample(fitting(path, noise_std), path, (7, 6), generator=seeded(), method=method, noise=starts,
-               clip_sample=False, num_inference_steps=150)
-    mean, covariance = posterior(noise_std)
-    assert_close(x[0], mean, rtol=0, atol=0.01)
-    assert_close((x[1:] - x[0]).T @ (x[1:] - x[0]), covariance, rtol=0, atol=0.04)
+    "The samples have the mean and the covariance of what every textbook says about such a measurement."
+    mean, covariance = fitted_moments(config, noise_std, method)
+    wanted_mean, wanted = posterior(noise_std)
+    assert_close(mean, wanted_mean, rtol=0, atol=0.01)
+    assert_close(covariance, wanted, rtol=0, atol=0.04)
 
 
 @pytest.mark.parametrize("noise_std", [0.3, 1.])
@@ -846,7 +851,6 @@ def test_a_picture_serves_every_batch(shirt, tmp_path):
         assert all(np.abs(a - b).mean() > 1 for a, b in itertools.combinations(images, 2))
 
 
-
 def test_a_picture_of_another_size_is_scaled(tmp_path):
     "The middle square counts, and the file may be in any format."
     large = np.full((84, 120), 255, np.uint8)
@@ -973,14 +977,10 @@ def test_options_that_do_not_fit(args, says, tmp_path, capsys):
 @pytest.mark.parametrize("method", [ddim_steps, dpm_solver_steps, heun_steps])
 def test_fitting_from_a_time_without_signal(config, noise_std, method):
     "There the noisy image says nothing, and the samples are exact all the same."
-    path = config.build()
-    starts = torch.cat([torch.zeros(1, 6), torch.eye(6)])
-    x = sample(fitting(path, noise_std), path, (7, 6), generator=seeded(), method=method, noise=starts,
-               clip_sample=False, num_inference_steps=150)
-    mean, covariance = posterior(noise_std)
-    assert_close(x[0], mean, rtol=0, atol=0.03)
-    assert_close((x[1:] - x[0]).T @ (x[1:] - x[0]), covariance, rtol=0, atol=0.06)
-
+    mean, covariance = fitted_moments(config, noise_std, method)
+    wanted_mean, wanted = posterior(noise_std)
+    assert_close(mean, wanted_mean, rtol=0, atol=0.03)
+    assert_close(covariance, wanted, rtol=0, atol=0.06)
 
 
 def test_a_missing_picture_need_not_be_removed(tmp_path):
@@ -991,17 +991,14 @@ def test_a_missing_picture_need_not_be_removed(tmp_path):
         assert name in str(caught.value) and "remove it" not in str(caught.value)
 
 
-
 def test_a_size_that_is_too_small_names_the_file(tmp_path):
     file = saved(tmp_path/"a.png", pixels(9, 11))
     with pytest.raises(DataError, match="a.png"): load_image(file, 7)
 
 
-
 def test_the_last_line_counts_the_steps_that_are_left(shirt, tmp_path, capsys):
     drawn(tmp_path, "--init_image", shirt, "--strength", 0.5, steps=10)
     assert "dpm++, 5 steps" in capsys.readouterr().out
-
 
 
 @pytest.mark.parametrize("options", [dict(strength=0.5), dict(mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))])

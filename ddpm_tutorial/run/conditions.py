@@ -80,12 +80,14 @@ def load_codec(
     return latent_codec(model, config.latents.mean, config.latents.std)
 
 # %% ../../nbs/12c_conditions.ipynb #12c-text
-_cached_bert = functools.cache(Bert)
+@functools.cache # loading and hashing take seconds, and a run asks several times
+def _bert_at(name: str) -> tuple[Bert, str]: # and its fingerprint
+    bert = Bert(name)
+    return bert, bert.fingerprint()
 
 def _load_bert(config: Config, known: str="") -> tuple[Bert, str]: # and its fingerprint
     name = config.text.text_encoder
-    bert = _cached_bert(BERT if name == "bert" else name)
-    found = bert.fingerprint()
+    bert, found = _bert_at(BERT if name == "bert" else name)
     if known and found != known:
         raise ConfigError(f"text_encoder: the model was trained with another BERT (fingerprint {known}) than "
                           f"{name} (fingerprint {found}); name the right one with --text_encoder")
@@ -158,9 +160,8 @@ def encode_data(
     cond = text_conditions(config, data.captions, drop_unknown, "caption") if config.uses_text else {}
     if config.uses_labels: cond["labels"] = data.labels
     if codec is PIXELS: return EncodedData(data.images, cond)
-    first, which = {}, []
-    for i, image in enumerate(data.images):
-        which.append(first.setdefault(hashlib.sha256(image.contiguous().numpy()).digest(), i))
-    place = {i: n for n, i in enumerate(first.values())}
-    latents = codec.encode(data.images[list(place)]).cpu()
-    return EncodedData(latents[[place[i] for i in which]], cond)
+    keys, first = [hashlib.sha256(image.contiguous().numpy()).digest() for image in data.images], {}
+    for i, key in enumerate(keys): first.setdefault(key, i)
+    place = {key: n for n, key in enumerate(first)}
+    latents = codec.encode(data.images[list(first.values())]).cpu()
+    return EncodedData(latents[[place[key] for key in keys]], cond)

@@ -48,5 +48,5 @@ def load_data(
     "Training and validation images of a run. Of your own images a tenth validates, 2,000 at most."
     if name in DATA_SETS: return DATA_SETS[name](root, resize)
     data = load_images(name, resize)
-    try: return hold_out(data, min(2000, max(1, len(data)//10)))
+    try: return hold_out(data)
     except DataError as error: raise DataError(f"{name}: {error}") from error

@@ -305,6 +305,9 @@ def run_folder(
     if str(checkpoint or "small") in PRETRAINED: return Path("outputs")/(checkpoint or "small")
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
+def _for_a_name(text: str|None) -> str: # what a file name can hold of it
+    return re.sub("[^a-z0-9]+", "_", (text or "").lower())[:60].strip("_")
+
 def output_file(
     options: SampleOptions
 ) -> Path:
@@ -312,9 +315,8 @@ def output_file(
     if options.output: return options.output
     folder = options.output_dir or run_folder(options.checkpoint)
     label = "" if options.class_label is None else f"_{options.class_label}"
-    words = re.sub("[^a-z0-9]+", "_", (options.prompt or "").lower())[:60].strip("_")
+    words, without = _for_a_name(options.prompt), _for_a_name(options.negative_prompt)
     if words: label = f"_{words}"
-    without = re.sub("[^a-z0-9]+", "_", (options.negative_prompt or "").lower())[:60].strip("_")
     if options.prompt_file is not None: label = f"_{options.prompt_file.stem}"
     if without: label += f"_not_{without}"
     return folder/"samples"/f"{options.mode}{label}.png"
