@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from processes import Launcher, lines, newest, own_images, tiny, until
 
+from ddpm_tutorial.autoencoder import AutoencoderConfig
 from ddpm_tutorial.parallel import own_rows
-from ddpm_tutorial.run.checkpoint import load_latest
+from ddpm_tutorial.run.checkpoint import load_latest, save_weights
+from ddpm_tutorial.run.config import CodecConfig
 from ddpm_tutorial.run.tracking import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and gloo")
@@ -287,3 +290,24 @@ def test_an_autoencoder_in_two_processes(launcher, data, tmp_path):
     norms = [[line["grad_norm"] for line in lines(tmp_path/name) if "grad_norm" in line]
              for name in ("alone", "together")]
     assert len(norms[0]) == 6 and norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+def test_text_on_latents_in_two_processes(launcher, tmp_path):
+    "Words, their vectors and the latents are shared out like images and labels."
+    torch.manual_seed(0)
+    codec = CodecConfig(model=AutoencoderConfig(base_channels=8, num_groups=2), image_shape=(3, 32, 32))
+    save_weights(tmp_path/"codec.safetensors", codec.build_model().state_dict(), codec)
+    folder = tmp_path/"captioned"
+    folder.mkdir()
+    for i in range(22): Image.effect_noise((32, 32), 60).convert("RGB").save(folder/f"{i}.png")
+    told = [{"file_name": f"{i}.png", "text": ("red dog", "black cat", "heart")[i % 3]} for i in range(22)]
+    (folder/"metadata.jsonl").write_text("\n".join(map(json.dumps, told)))
+    args = ["--config", "emoji", "--data", folder, "--resize", 32,
+            "--autoencoder", tmp_path/"codec.safetensors", "--base_channels", 8,
+            "--channel_multipliers", 1, 1,
+            "--head_dim", 8, "--num_groups", 2, "--attention_resolutions", "--text_width", 32,
+            "--text_layers", 1, "--batch_size", 8, "--max_steps", 6, "--warmup_steps", 0,
+            "--num_inference_steps", 2, "--device", "cpu", "--precision", "fp32", "--no-wandb",
+            "--log_every", 1, "--output_dir"]
+    assert launcher.run([*args, tmp_path/"alone"]) == (0, "")
+    run_together(launcher, 2, [*args, tmp_path/"together"])
+    assert_close(tmp_path/"alone", tmp_path/"together")

@@ -31,7 +31,13 @@ from ddpm_tutorial.data import (
 )
 from ddpm_tutorial.emoji import emoji_with_names
 from ddpm_tutorial.run import check, data_sets, evaluate, report, sample, train
-from ddpm_tutorial.run.checkpoint import load_checkpoint, load_model, load_pretrained, save_weights
+from ddpm_tutorial.run.checkpoint import (
+    load_checkpoint,
+    load_model,
+    load_pretrained,
+    save_checkpoint,
+    save_weights,
+)
 from ddpm_tutorial.run.conditions import (
     encode_data,
     load_autoencoder,
@@ -929,3 +935,28 @@ def test_the_tool_that_measures(monkeypatch):
     rows = tool.measure(model, config, {"few": few}, train_set[:50], each=2)
     row = rows["few"]
     assert row["num_prompts"] == len(few) and row["real"] == 1 and 0 <= row["drawn"] <= 1
+
+def test_the_tool_that_compares(tmp_path, monkeypatch):
+    "Each run adds its figures under the name of its folder, and what was there before stays."
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import text_to_image as tool
+    model, config = load_pretrained("emoji")
+    config = replace(config, sampling=replace(config.sampling, num_inference_steps=1))
+    with torch.random.fork_rng(devices=[]): state = new_state(model.requires_grad_(True), config.train)
+    state.step = 7
+    folder = tmp_path/"a_run"
+    (folder/"checkpoints").mkdir(parents=True)
+    save_checkpoint(folder/"checkpoints"/"latest.pth", state, config, {"seconds": 90.})
+    lines = [{"step": step, "validation_loss": loss} for step, loss in ((3, 0.5), (7, 0.25))]
+    (folder/"metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    whole = tool.hundred
+    monkeypatch.setattr(tool, "hundred", lambda data, words: whole(data, words)[:3])
+    monkeypatch.setattr(tool, "STORED", tmp_path/"figures.json")
+    tool.STORED.write_text(json.dumps({"rows": 1, "compared": {"before": 2, "a_run": 3}}))
+    tool.compare([folder], None)
+    stored = json.loads(tool.STORED.read_text())
+    found = stored["compared"]["a_run"]
+    assert stored["rows"] == 1 and stored["compared"]["before"] == 2
+    assert found["step"] == 7 and found["minutes"] == 1.5 and found["validation_loss"] == 0.25
+    assert list(found["rows"]) == [tool.SEEN, tool.COMBINATIONS]
+    assert all(row["num_prompts"] == 3 for row in found["rows"].values())

@@ -2,6 +2,7 @@
 
 usage: python tools/text_to_image.py judge
        python tools/text_to_image.py model outputs/v1_emoji [--checkpoints PATH ...]
+       python tools/text_to_image.py compare RUN [RUN ...]
 
 `judge` trains the judge on all emoji (some five minutes) and writes
 ddpm_tutorial/assets/emoji_judge.safetensors.
@@ -10,6 +11,9 @@ ddpm_tutorial/assets/emoji.safetensors. It then measures them as they are stored
 prompt of each picture among 100, for prompts of the training, for new combinations, and for new prompts?
 The same is asked of earlier checkpoints, if they are given. The card beside the weights has the figures, and
 so has nbs/text_to_image.json. nbs/images/text_to_image.png is the picture of the README.
+`compare` measures the last checkpoints of other runs, and adds their figures to the same file, under the
+names of their folders. Lesson 33 shows runs by `ddpm_train --config emoji --max_steps 2000 --time_mean M
+--output_dir outputs/time_mean_M`, with M from -0.4 to 1.
 """
 import argparse
 import json
@@ -46,12 +50,13 @@ vocabulary in the file's metadata (`load_pretrained("{name}")`, or `ddpm_sample 
 --prompt "red heart"`).
 
 - Trained on {captions:,} pictures of OpenMoji and their names by `ddpm_train --config {name}`: step \
-{step:,} of {total:,}, {precision}, {minutes:.0f} minutes on {device}, threads: {threads}.
+{step:,} of {total:,}, {precision}, {minutes:.0f} minutes on {device}; processes: {processes}, threads of \
+each: {threads}.
 - Never trained on: all variants of one concept in ten, and one combination of person and skin tone \
 in ten.
 - {attribution} The pictures that it draws are adapted from them.
-- For learning: it knows {words:,} words, and most of them from one picture. What has no relatives comes \
-out as a smear.
+- For learning: it knows {words:,} words, and most of them from one picture. It draws that one nearly as it \
+was. For concepts that it has never seen it seldom finds a picture.
 - `{name}.safetensors` has {facts}.
 
 Does the judge find the prompt of a picture among 100? Four pictures for each prompt.
@@ -116,14 +121,35 @@ def picture(model, config):
         axis.axis("off")
     figure.savefig(STORED.parent/"images"/"text_to_image.png", dpi=120, metadata={"Software": None})
 
+def prompt_sets(words, root):
+    "The training pictures, and for each kind of prompt at most 100 pictures with captions of these words."
+    train, combinations, concepts = (emoji_with_names(64, split, skin_tones=True, root=root)[0]
+                                     for split in ("train", "combinations", "validation"))
+    return train, {SEEN: hundred(train, words), COMBINATIONS: hundred(combinations, words),
+                   NEW: hundred(concepts, words)}
+
+def stored_values(): return json.loads(STORED.read_text()) if STORED.exists() else {}
+
+def compare(runs, root):
+    "Measures runs that differ in one setting or another, and stores it for lesson 33."
+    found = {}
+    for run in runs:
+        checkpoint = load_checkpoint(run/"checkpoints"/"latest.pth")
+        model, config = load_model(run/"checkpoints"/"latest.pth")
+        train, sets = prompt_sets(set(config.vocabulary), root)
+        rows = measure(model, config, {name: sets[name] for name in (SEEN, COMBINATIONS)}, train, each=2)
+        losses = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line]
+        found[run.name] = dict(step=checkpoint["step"], minutes=checkpoint["progress"]["seconds"]/60,
+                               validation_loss=losses[-1], rows=rows)
+    stored = stored_values()
+    stored["compared"] = stored.get("compared", {}) | found
+    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+
 def measure_model(run, checkpoints, root):
     checkpoint, metrics = load_checkpoint(run/"checkpoints"/"latest.pth"), read_metrics(run)
     config = checkpoint["config"]
-    train, combinations, concepts = (emoji_with_names(64, split, skin_tones=True, root=root)[0]
-                                     for split in ("train", "combinations", "validation"))
     words = set(config.vocabulary)
-    sets = {SEEN: hundred(train, words), COMBINATIONS: hundred(combinations, words),
-            NEW: hundred(concepts, words)}
+    train, sets = prompt_sets(words, root)
     choices = ("scheduler", "objective", "train", "sampling", "text")
     changed = [name for name in differences(config, PRESETS[NAME]) if name.split(".")[0] in choices]
     if changed: raise SystemExit(f"this run is not one of the preset {NAME}: {', '.join(changed)} differ")
@@ -143,7 +169,8 @@ def measure_model(run, checkpoints, root):
         name=NAME, weights=sum(weight.numel() for weight in checkpoint["ema"].values()),
         step=checkpoint["step"], captions=len(train),
         total=total_steps(config.train, checkpoint["progress"]["num_images"]),
-        precision=start["precision"], device=start["device"], threads=start["threads"],
+        precision=start["precision"], device=start["device"], processes=start["processes"],
+        threads=start["threads"],
         words=len(words), minutes=checkpoint["progress"]["seconds"]/60, attribution=f"{ATTRIBUTION}.",
         facts=facts(PRETRAINED[NAME]))
     card += "".join(f"| {name} | {row['real']:.0%} | {row['drawn']:.0%} | {row['nearest']:.1f} |\n"
@@ -151,21 +178,24 @@ def measure_model(run, checkpoints, root):
     PRETRAINED[NAME].with_suffix(".md").write_text(card)
     losses = [[line["step"], line["epoch_loss"], line["validation_loss"]] for line in metrics
               if "validation_loss" in line]
-    stored = dict(rows=rows, real_nearest=real, over_time=over_time, losses=losses,
-                  minutes=checkpoint["progress"]["seconds"]/60)
+    found = dict(rows=rows, real_nearest=real, over_time=over_time, losses=losses,
+                 minutes=checkpoint["progress"]["seconds"]/60)
+    stored = stored_values() | found
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
     print(card)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("judge", "model"))
-    parser.add_argument("run", type=Path, nargs="?")
-    parser.add_argument("--checkpoints", type=Path, nargs="*", default=[])
+    parser.add_argument("what", choices=("judge", "model", "compare"))
+    parser.add_argument("runs", type=Path, nargs="*", help="their folders")
+    parser.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="earlier ones of the run")
     parser.add_argument("--data_root", type=Path, default=None)
     args = parser.parse_args()
     if args.what == "judge": train_judge(args.data_root)
-    elif args.run is None: parser.error("name the folder of the run")
-    else: measure_model(args.run, args.checkpoints, args.data_root)
+    elif not args.runs: parser.error("name the folder of a run")
+    elif args.what == "compare": compare(args.runs, args.data_root)
+    elif len(args.runs) > 1: parser.error("model ships one run")
+    else: measure_model(args.runs[0], args.checkpoints, args.data_root)
 
 if __name__ == "__main__": main()

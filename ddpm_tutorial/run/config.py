@@ -371,8 +371,8 @@ EMOJI = Config(
     model=UNetConfig(base_channels=64, channel_multipliers=(1, 2, 2), num_classes=0,
                      attention_resolutions=(14, 28), num_groups=4),
     scheduler=SchedulerConfig(schedule="cosine", num_steps=500, prediction_type="v_prediction"),
-    objective=ObjectiveConfig(time_distribution="lognormal", time_mean=-0.4),
-    train=TrainConfig(epochs=72, batch_size=32, lr=1.5e-3, warmup_steps=400, lr_decay=True),
+    objective=ObjectiveConfig(time_distribution="lognormal", time_mean=1.), # where words decide
+    train=TrainConfig(epochs=150, batch_size=32, lr=1.5e-3, warmup_steps=400, lr_decay=True),
     sampling=SamplingConfig(guidance_scale=3.0, clip_sample=False), text=TextConfig(text_encoder="own"),
     autoencoder="emoji_autoencoder", data="emoji_text", resize=64)
 
