@@ -448,16 +448,18 @@ def fitted_moments(config, noise_std, method):
                clip_sample=False, num_inference_steps=150)
     return x[0], (x[1:] - x[0]).T @ (x[1:] - x[0])
 
+def assert_exact(config, noise_std, method, mean_atol, covariance_atol):
+    "The samples have the mean and the covariance of what every textbook says about such a measurement."
+    for found, wanted, atol in zip(fitted_moments(config, noise_std, method), posterior(noise_std),
+                                   (mean_atol, covariance_atol), strict=True):
+        assert_close(found, wanted, rtol=0, atol=atol)
+
 
 @each_measurable
 @pytest.mark.parametrize("noise_std", [0.3, 1.])
 @pytest.mark.parametrize("method", [ddim_steps, dpm_solver_steps, heun_steps])
 def test_fitting_white_noise_is_exact(config, noise_std, method):
-    "The samples have the mean and the covariance of what every textbook says about such a measurement."
-    mean, covariance = fitted_moments(config, noise_std, method)
-    wanted_mean, wanted = posterior(noise_std)
-    assert_close(mean, wanted_mean, rtol=0, atol=0.01)
-    assert_close(covariance, wanted, rtol=0, atol=0.04)
+    assert_exact(config, noise_std, method, mean_atol=0.01, covariance_atol=0.04)
 
 
 @pytest.mark.parametrize("noise_std", [0.3, 1.])
@@ -977,10 +979,7 @@ def test_options_that_do_not_fit(args, says, tmp_path, capsys):
 @pytest.mark.parametrize("method", [ddim_steps, dpm_solver_steps, heun_steps])
 def test_fitting_from_a_time_without_signal(config, noise_std, method):
     "There the noisy image says nothing, and the samples are exact all the same."
-    mean, covariance = fitted_moments(config, noise_std, method)
-    wanted_mean, wanted = posterior(noise_std)
-    assert_close(mean, wanted_mean, rtol=0, atol=0.03)
-    assert_close(covariance, wanted, rtol=0, atol=0.06)
+    assert_exact(config, noise_std, method, mean_atol=0.03, covariance_atol=0.06)
 
 
 def test_a_missing_picture_need_not_be_removed(tmp_path):

@@ -15,11 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from processes import Launcher, lines, newest, own_images, tiny, until
+from test_text_to_image import saved_autoencoder
 
-from ddpm_tutorial.autoencoder import AutoencoderConfig
 from ddpm_tutorial.parallel import own_rows
-from ddpm_tutorial.run.checkpoint import load_latest, save_weights
-from ddpm_tutorial.run.config import CodecConfig
+from ddpm_tutorial.run.checkpoint import load_latest
 from ddpm_tutorial.run.tracking import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and gloo")
@@ -279,35 +278,31 @@ def test_torchrun_and_a_signal_to_the_group(data, tmp_path, number):
     assert load_latest(tmp_path/"run"/"checkpoints")[1]["step"] >= logged
     assert not list((tmp_path/"run").rglob("*.partial"))
 
+def assert_two_are_one(launcher, folder, *args):
+    "Six steps in one process and in two: the same losses and weights, in `alone` and `together`."
+    args = [*args, "--batch_size", 8, "--max_steps", 6, "--warmup_steps", 0, "--device", "cpu", "--precision",
+            "fp32", "--no-wandb", "--log_every", 1, "--output_dir"]
+    assert launcher.run([*args, folder/"alone"]) == (0, "")
+    run_together(launcher, 2, [*args, folder/"together"])
+    assert_close(folder/"alone", folder/"together")
+
 def test_an_autoencoder_in_two_processes(launcher, data, tmp_path):
     "Its network answers with three tensors. All of them are gathered, with their gradients."
-    args = ["--config", "emoji_autoencoder", "--data", data, "--resize", 28, "--base_channels", 8,
-            "--num_groups", 2, "--batch_size", 8, "--max_steps", 6, "--warmup_steps", 0, "--device", "cpu",
-            "--precision", "fp32", "--no-wandb", "--log_every", 1, "--output_dir"]
-    assert launcher.run([*args, tmp_path/"alone"]) == (0, "")
-    run_together(launcher, 2, [*args, tmp_path/"together"])
-    assert_close(tmp_path/"alone", tmp_path/"together")
+    assert_two_are_one(launcher, tmp_path, "--config", "emoji_autoencoder", "--data", data, "--resize", 28,
+                       "--base_channels", 8, "--num_groups", 2)
     norms = [[line["grad_norm"] for line in lines(tmp_path/name) if "grad_norm" in line]
              for name in ("alone", "together")]
     assert len(norms[0]) == 6 and norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 def test_text_on_latents_in_two_processes(launcher, tmp_path):
     "Words, their vectors and the latents are shared out like images and labels."
-    torch.manual_seed(0)
-    codec = CodecConfig(model=AutoencoderConfig(base_channels=8, num_groups=2), image_shape=(3, 32, 32))
-    save_weights(tmp_path/"codec.safetensors", codec.build_model().state_dict(), codec)
+    codec = saved_autoencoder(tmp_path/"codec.safetensors")
     folder = tmp_path/"captioned"
     folder.mkdir()
     for i in range(22): Image.effect_noise((32, 32), 60).convert("RGB").save(folder/f"{i}.png")
     told = [{"file_name": f"{i}.png", "text": ("red dog", "black cat", "heart")[i % 3]} for i in range(22)]
     (folder/"metadata.jsonl").write_text("\n".join(map(json.dumps, told)))
-    args = ["--config", "emoji", "--data", folder, "--resize", 32,
-            "--autoencoder", tmp_path/"codec.safetensors", "--base_channels", 8,
-            "--channel_multipliers", 1, 1,
-            "--head_dim", 8, "--num_groups", 2, "--attention_resolutions", "--text_width", 32,
-            "--text_layers", 1, "--batch_size", 8, "--max_steps", 6, "--warmup_steps", 0,
-            "--num_inference_steps", 2, "--device", "cpu", "--precision", "fp32", "--no-wandb",
-            "--log_every", 1, "--output_dir"]
-    assert launcher.run([*args, tmp_path/"alone"]) == (0, "")
-    run_together(launcher, 2, [*args, tmp_path/"together"])
-    assert_close(tmp_path/"alone", tmp_path/"together")
+    assert_two_are_one(launcher, tmp_path, "--config", "emoji", "--data", folder, "--resize", 32,
+                       "--autoencoder", codec, "--base_channels", 8, "--channel_multipliers", 1, 1,
+                       "--head_dim", 8, "--num_groups", 2, "--attention_resolutions", "--text_width", 32,
+                       "--text_layers", 1, "--num_inference_steps", 2)

@@ -947,7 +947,7 @@ def test_the_tool_that_compares(tmp_path, monkeypatch):
     folder = tmp_path/"a_run"
     (folder/"checkpoints").mkdir(parents=True)
     save_checkpoint(folder/"checkpoints"/"latest.pth", state, config, {"seconds": 90.})
-    lines = [{"step": step, "validation_loss": loss} for step, loss in ((3, 0.5), (7, 0.25))]
+    lines = [{"step": step, "validation_loss": loss, "seconds": 90.} for step, loss in ((3, 0.5), (7, 0.25))]
     (folder/"metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     whole = tool.hundred
     monkeypatch.setattr(tool, "hundred", lambda data, words: whole(data, words)[:3])

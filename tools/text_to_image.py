@@ -130,23 +130,23 @@ def prompt_sets(words, root):
 
 def stored_values(): return json.loads(STORED.read_text()) if STORED.exists() else {}
 
+def store(**values): # in place of those of the same name
+    STORED.write_text(json.dumps(stored_values() | values, indent=1) + "\n")
+
 def compare(runs, root):
     "Measures runs that differ in one setting or another, and stores it for lesson 33."
     found = {}
     for run in runs:
-        checkpoint = load_checkpoint(run/"checkpoints"/"latest.pth")
         model, config = load_model(run/"checkpoints"/"latest.pth")
         train, sets = prompt_sets(set(config.vocabulary), root)
         rows = measure(model, config, {name: sets[name] for name in (SEEN, COMBINATIONS)}, train, each=2)
-        losses = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line]
-        found[run.name] = dict(step=checkpoint["step"], minutes=checkpoint["progress"]["seconds"]/60,
-                               validation_loss=losses[-1], rows=rows)
-    stored = stored_values()
-    stored["compared"] = stored.get("compared", {}) | found
-    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+        last = [line for line in read_metrics(run) if "validation_loss" in line][-1]
+        found[run.name] = dict(step=last["step"], minutes=last["seconds"]/60,
+                               validation_loss=last["validation_loss"], rows=rows)
+    store(compared=stored_values().get("compared", {}) | found)
 
 def measure_model(run, checkpoints, root):
-    checkpoint, metrics = load_checkpoint(run/"checkpoints"/"latest.pth"), read_metrics(run)
+    checkpoint = load_checkpoint(run/"checkpoints"/"latest.pth")
     config = checkpoint["config"]
     words = set(config.vocabulary)
     train, sets = prompt_sets(words, root)
@@ -164,24 +164,18 @@ def measure_model(run, checkpoints, root):
         step = load_checkpoint(path)["step"]
         over_time.append(dict(step=step, rows=measure(*load_model(path), sets, train, each=1)))
     over_time.append(dict(step=checkpoint["step"], rows=rows))
-    start = next(line for line in metrics if "device" in line)
+    start = next(line for line in read_metrics(run) if "device" in line)
     card = CARD.format(
         name=NAME, weights=sum(weight.numel() for weight in checkpoint["ema"].values()),
         step=checkpoint["step"], captions=len(train),
         total=total_steps(config.train, checkpoint["progress"]["num_images"]),
         precision=start["precision"], device=start["device"], processes=start["processes"],
-        threads=start["threads"],
-        words=len(words), minutes=checkpoint["progress"]["seconds"]/60, attribution=f"{ATTRIBUTION}.",
-        facts=facts(PRETRAINED[NAME]))
+        threads=start["threads"], words=len(words), minutes=checkpoint["progress"]["seconds"]/60,
+        attribution=f"{ATTRIBUTION}.", facts=facts(PRETRAINED[NAME]))
     card += "".join(f"| {name} | {row['real']:.0%} | {row['drawn']:.0%} | {row['nearest']:.1f} |\n"
                     for name, row in rows.items())
     PRETRAINED[NAME].with_suffix(".md").write_text(card)
-    losses = [[line["step"], line["epoch_loss"], line["validation_loss"]] for line in metrics
-              if "validation_loss" in line]
-    found = dict(rows=rows, real_nearest=real, over_time=over_time, losses=losses,
-                 minutes=checkpoint["progress"]["seconds"]/60)
-    stored = stored_values() | found
-    STORED.write_text(json.dumps(stored, indent=1) + "\n")
+    store(rows=rows, real_nearest=real, over_time=over_time)
     print(card)
 
 def main():
